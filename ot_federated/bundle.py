@@ -1,0 +1,265 @@
+"""The bundle: what a data owner receives, on disk.
+
+A directory of safetensors (tensors) and JSON (structure)::
+
+    manifest.json         format, split, kept blocks, file digests, versions
+    adapter.safetensors   bottom.I.* and top.I.*: the blocks that train
+    emulator.safetensors  emulator.I.* (kept middle blocks) and bridge.I.* (what stands in for the others)
+    frozen.safetensors    embeddings, final norm, head, under their own names
+    tokenizer.json ...    the tokenizer's files
+
+The bundle's digest is the SHA-256 of ``manifest.json``, which holds the digests of all other files: one value
+names the whole content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ot_federated.architectures import code_fields
+from ot_federated.cache import file_sha256
+from ot_federated.errors import BundleError
+
+if TYPE_CHECKING:
+    import torch
+
+format_version = 1
+manifest_name = "manifest.json"
+max_manifest_bytes = 4 * 2**20
+weight_files = ("adapter.safetensors", "emulator.safetensors", "frozen.safetensors")
+
+Role = Literal["bottom", "emulator", "bridge", "top"]
+
+
+@dataclass(frozen=True)
+class StackEntry:
+    """One position in the emulated block stack.
+
+    Attributes:
+        role: What stands there. ``bottom`` and ``top`` are the adapter.
+        index: Its number within the role; with it the tensor names begin: ``top.0.mlp.up_proj.weight``.
+        first_block: First block of the full model that it stands for.
+        last_block: Last block of the full model that it stands for (equal to ``first_block`` except for bridges).
+    """
+
+    role: Role
+    index: int
+    first_block: int
+    last_block: int
+
+    @property
+    def prefix(self) -> str:
+        """The beginning of its tensor names."""
+        return f"{self.role}.{self.index}."
+
+
+@dataclass(frozen=True)
+class BundleFile:
+    """A file of the bundle: its size in bytes and its SHA-256."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The structure of a bundle.
+
+    Attributes:
+        model_type: The full model's ``config.model_type``.
+        config: The transformers config of the emulated model (its depth is ``len(stack)``).
+        dtype: Type of the weights, as torch spells it (``bfloat16``).
+        num_blocks: Blocks of the full model.
+        stack: What stands at each position, bottom to top.
+        compression: How the emulator was made, for people (``influence+bridge``).
+        exact_weight_fraction: Share of the full model's parameters that stand unaltered in the bundle, in [0, 1].
+        middle_bytes: Bytes of the full model's middle blocks, which the emulator replaces.
+        files: Every file but the manifest.
+        versions: Versions of the packages that made the bundle.
+    """
+
+    model_type: str
+    config: dict[str, Any]
+    dtype: str
+    num_blocks: int
+    stack: tuple[StackEntry, ...]
+    compression: str
+    exact_weight_fraction: float
+    middle_bytes: int
+    files: tuple[BundleFile, ...]
+    versions: dict[str, str]
+    format: int = format_version
+
+    def to_bytes(self) -> bytes:
+        """Return the canonical JSON text, whose SHA-256 is the bundle's digest."""
+        return json.dumps(asdict(self), sort_keys=True, indent=1, ensure_ascii=False).encode()
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the manifest: the bundle's name."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files but the manifest: what travels in shards."""
+        return sum(file.num_bytes for file in self.files)
+
+    def file_bytes(self, name: str) -> int:
+        """Return the size of one file in bytes."""
+        return next(file.num_bytes for file in self.files if file.name == name)
+
+    @property
+    def kept_blocks(self) -> list[int]:
+        """The full model's indices of the middle blocks that the emulator keeps."""
+        return [entry.first_block for entry in self.stack if entry.role == "emulator"]
+
+
+def parse_manifest(text: bytes, *, digest: str | None = None) -> Manifest:
+    """Read a manifest that may come from a stranger.
+
+    Raises:
+        BundleError: If it is too large, not JSON, of another format, structurally wrong, or not the one that
+            ``digest`` names.
+    """
+    if len(text) > max_manifest_bytes:
+        raise BundleError(f"The manifest has {len(text)} bytes; at most {max_manifest_bytes} are accepted.")
+    found = hashlib.sha256(text).hexdigest()
+    if digest is not None and found != digest:
+        raise BundleError(f"The manifest's digest is {found}, not {digest}: it was altered. Fetch the bundle again.")
+    try:
+        raw = json.loads(text)
+        if raw["format"] != format_version:
+            raise BundleError(
+                f"The bundle has format {raw['format']!r}; this version reads {format_version}. Install the version "
+                "of ot-federated that the model owner runs."
+            )
+        raw["stack"] = tuple(StackEntry(**entry) for entry in raw["stack"])
+        raw["files"] = tuple(BundleFile(**file) for file in raw["files"])
+        manifest = Manifest(**raw)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BundleError(f"The manifest cannot be read ({type(error).__name__}: {error}).") from error
+    _check_manifest(manifest)
+    return manifest
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    _check_types(manifest)
+    names = [file.name for file in manifest.files]
+    for file in manifest.files:
+        # A name from the wire becomes a path on the client's disk: one plain component, nothing hidden.
+        if not (isinstance(file.name, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}", file.name)):
+            raise BundleError(f"The manifest names a file {file.name!r}; only plain file names are accepted.")
+        if type(file.num_bytes) is not int or not 0 <= file.num_bytes < 2**44:
+            raise BundleError(f"The manifest gives {file.name} the size {file.num_bytes!r}.")
+        if not re.fullmatch(r"[0-9a-f]{64}", str(file.sha256)):
+            raise BundleError(f"The manifest gives {file.name} the digest {file.sha256!r}, which is no SHA-256.")
+    if len(set(names)) != len(names) or manifest_name in names:
+        raise BundleError("The manifest names a file twice, or itself.")
+    missing = [name for name in weight_files if name not in names]
+    if missing:
+        raise BundleError(f"The manifest lacks {', '.join(missing)}.")
+    roles = [entry.role for entry in manifest.stack]
+    if not roles or any(role not in ("bottom", "emulator", "bridge", "top") for role in roles):
+        raise BundleError(f"The manifest's stack {roles!r} is empty or has an unknown role.")
+    for entry in manifest.stack:
+        numbers = (entry.index, entry.first_block, entry.last_block)
+        if any(type(number) is not int or not 0 <= number < 2**20 for number in numbers):
+            raise BundleError(f"The manifest's stack has the entry {entry!r}, whose numbers are no block indices.")
+
+
+def _check_types(manifest: Manifest) -> None:
+    wanted: dict[str, type | tuple[type, ...]] = {
+        "model_type": str,
+        "config": dict,
+        "dtype": str,
+        "num_blocks": int,
+        "compression": str,
+        "exact_weight_fraction": (float, int),
+        "middle_bytes": int,
+        "versions": dict,
+    }
+    for name, kind in wanted.items():
+        value = getattr(manifest, name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise BundleError(f"The manifest gives {name} as {type(value).__name__}, which it cannot be.")
+    check_config(manifest.config)
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Check a model config that may come from a stranger, before a model is built from it.
+
+    Raises:
+        BundleError: If it names code to fetch, or holds a number that no model has.
+    """
+    named = [field for field in code_fields if field in config]
+    if named:
+        raise BundleError(f"The manifest's config sets {named[0]!r}, which could make this side run a stranger's code.")
+    # The weights are compared with these numbers only after a model was built from them.
+    large = [field for field, value in config.items() if isinstance(value, int) and abs(value) > 2**31]
+    if large:
+        raise BundleError(f"The manifest's config sets {large[0]!r} to {config[large[0]]}, which no model has.")
+
+
+def read_manifest(directory: Path, *, digest: str | None = None) -> Manifest:
+    """Read ``manifest.json`` of a bundle directory.
+
+    Raises:
+        BundleError: If there is none, or as :func:`parse_manifest`.
+    """
+    path = directory / manifest_name
+    if not path.is_file():
+        raise BundleError(f"{directory} is not a bundle: it has no {manifest_name}.")
+    return parse_manifest(path.read_bytes(), digest=digest)
+
+
+def verify_files(directory: Path, manifest: Manifest) -> None:
+    """Check the size and SHA-256 of every file.
+
+    Raises:
+        BundleError: Naming the first file that is missing or altered.
+    """
+    for file in manifest.files:
+        path = directory / file.name
+        if not path.is_file():
+            raise BundleError(f"The bundle {directory} lacks {file.name}. Delete the directory to fetch it again.")
+        if path.stat().st_size != file.num_bytes or file_sha256(path) != file.sha256:
+            raise BundleError(
+                f"{path} does not have the digest that its manifest gives. Delete the directory to fetch it again."
+            )
+
+
+def describe_files(directory: Path) -> tuple[BundleFile, ...]:
+    """Return size and digest of every file in ``directory`` but the manifest, by name."""
+    return tuple(
+        BundleFile(path.name, path.stat().st_size, file_sha256(path))
+        for path in sorted(directory.iterdir())
+        if path.is_file() and path.name != manifest_name
+    )
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file, memory-mapped: pages load when touched, processes share them.
+
+    Raises:
+        BundleError: If the file is no valid safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{path} is not a readable safetensors file: {error}.") from error
+
+
+def adapter_prefixes(stack: Iterable[StackEntry], *, placement: str = "both") -> tuple[str, ...]:
+    """Return the tensor-name prefixes of the adapter blocks that train."""
+    roles = ("bottom", "top") if placement == "both" else (placement,)
+    return tuple(entry.prefix for entry in stack if entry.role in roles)

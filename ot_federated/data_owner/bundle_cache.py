@@ -1,0 +1,163 @@
+"""The data owner's bundle cache: content-addressed, on disk, filled shard by shard.
+
+::
+
+    <root>/cache-id                  names this cache
+    <root>/<digest>/                 a complete, verified bundle
+    <root>/incoming-<digest>-<size>/ manifest.json and the shards so far
+
+Each message of a deployment runs in a new process, so all state is in these files. A shard is written whole or not
+at all; the bundle is verified against its digest, then renamed into place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import uuid
+from pathlib import Path
+
+from ot_federated.bundle import Manifest, manifest_name, parse_manifest, read_manifest, verify_files
+from ot_federated.bundle_shards import count_shards, join_shards, shard_size
+from ot_federated.cache import (
+    atomic_directory,
+    atomic_write_bytes,
+    atomic_write_text,
+    cache_root,
+    file_lock,
+    require_free_bytes,
+)
+from ot_federated.errors import BundleError
+
+cache_variable = "OT_FEDERATED_BUNDLE_CACHE"
+max_shard_bytes = 2**30
+
+
+class BundleCache:
+    """Bundles on this data owner's disk.
+
+    Args:
+        root: The directory; ``None`` for ``$OT_FEDERATED_BUNDLE_CACHE``, else ``received-bundles`` in the cache.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root or Path(os.environ.get(cache_variable) or cache_root() / "received-bundles")
+
+    def identify(self) -> str:
+        """Return this cache's id, made at the first call."""
+        path = self.root / "cache-id"
+        with file_lock(self.root / ".lock"):
+            if not path.is_file():
+                atomic_write_text(path, uuid.uuid4().hex)
+            return path.read_text()
+
+    def find(self, digest: str) -> Path | None:
+        """Return the directory of a complete bundle, or None.
+
+        The files were verified when the bundle was completed; here the manifest and the sizes are checked, which
+        is cheap enough for every message.
+        """
+        directory = self.root / check_digest(digest)
+        if not directory.is_dir():
+            return None
+        try:
+            manifest = read_manifest(directory, digest=digest)
+            whole = all((directory / file.name).stat().st_size == file.num_bytes for file in manifest.files)
+        except (BundleError, OSError):
+            whole = False
+        if not whole:
+            shutil.rmtree(directory, ignore_errors=True)
+            return None
+        return directory
+
+    def announce(self, digest: str, manifest_text: bytes, *, shard_bytes: int) -> list[int]:
+        """Note that a bundle is coming and return the shards that are still missing.
+
+        Raises:
+            BundleError: If the manifest is not the one that ``digest`` names, or the shard size is out of range.
+            OtFederatedError: If the disk has no room for it.
+        """
+        if self.find(digest):
+            return []
+        if not 2**10 <= shard_bytes <= max_shard_bytes:
+            raise BundleError(f"Shards of {shard_bytes} bytes are refused: 1 KiB to 1 GiB is accepted.")
+        manifest = parse_manifest(manifest_text, digest=digest)
+        incoming = self._incoming(digest, shard_bytes)
+        if not (incoming / manifest_name).is_file():
+            require_free_bytes(self.root, 2 * manifest.num_bytes)
+            atomic_write_bytes(incoming / manifest_name, manifest_text)
+        missing = self._missing(incoming, manifest, shard_bytes)
+        # All shards and no bundle: the process that had the last one was killed before it could join them.
+        return missing or self._finish(incoming, manifest, digest, shard_bytes)
+
+    def announced(self, digest: str, *, shard_bytes: int) -> Manifest:
+        """Return the manifest of a bundle that is coming.
+
+        Raises:
+            BundleError: If it was not announced.
+        """
+        return read_manifest(self._incoming(digest, shard_bytes), digest=digest)
+
+    def receive(self, digest: str, index: int, data: bytes, *, shard_bytes: int, sha256: str) -> list[int]:
+        """Store one shard and return those still missing; the last one completes the bundle.
+
+        Raises:
+            BundleError: If no such bundle was announced, the shard is out of range or damaged, or the complete
+                bundle does not have the digests of its manifest (all shards are then dropped).
+        """
+        if self.find(digest):
+            return []
+        incoming = self._incoming(digest, shard_bytes)
+        manifest = self.announced(digest, shard_bytes=shard_bytes)
+        if not 0 <= index < count_shards(manifest, shard_bytes=shard_bytes):
+            raise BundleError(f"Shard {index} is not one of the bundle {digest[:12]}.")
+        if len(data) != shard_size(manifest, index, shard_bytes=shard_bytes):
+            raise BundleError(f"Shard {index} of {digest[:12]} has {len(data)} bytes, not what the manifest gives.")
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise BundleError(f"Shard {index} of {digest[:12]} was damaged on the way; send it again.")
+        atomic_write_bytes(incoming / f"shard-{index:06d}", data)
+        return self._finish(incoming, manifest, digest, shard_bytes)
+
+    def _finish(self, incoming: Path, manifest: Manifest, digest: str, shard_bytes: int) -> list[int]:
+        """Complete the bundle if all shards are there; return those that are not."""
+        with file_lock(self.root / ".lock"):
+            if self.find(digest):
+                return []
+            missing = self._missing(incoming, manifest, shard_bytes)
+            if not missing:
+                self._complete(incoming, manifest, digest, shard_bytes)
+        return missing
+
+    def _complete(self, incoming: Path, manifest: Manifest, digest: str, shard_bytes: int) -> None:
+        num_shards = count_shards(manifest, shard_bytes=shard_bytes)
+        shards = [incoming / f"shard-{index:06d}" for index in range(num_shards)]
+        try:
+            with atomic_directory(self.root / digest) as partial:
+                join_shards(shards, manifest, partial)
+                # The text as it came, not rendered anew: its digest names the bundle.
+                shutil.copyfile(incoming / manifest_name, partial / manifest_name)
+                verify_files(partial, manifest)
+        finally:
+            # Complete, or wrong as a whole: in both cases these shards are of no more use.
+            shutil.rmtree(incoming, ignore_errors=True)
+
+    def _incoming(self, digest: str, shard_bytes: int) -> Path:
+        return self.root / f"incoming-{check_digest(digest)}-{shard_bytes}"
+
+    @staticmethod
+    def _missing(incoming: Path, manifest: Manifest, shard_bytes: int) -> list[int]:
+        num_shards = count_shards(manifest, shard_bytes=shard_bytes)
+        return [index for index in range(num_shards) if not (incoming / f"shard-{index:06d}").is_file()]
+
+
+def check_digest(digest: str) -> str:
+    """Return ``digest`` if it is a SHA-256 in hexadecimal; it becomes a directory name.
+
+    Raises:
+        BundleError: If it is anything else.
+    """
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise BundleError(f"{digest!r} is not a bundle digest.")
+    return digest

@@ -1,0 +1,344 @@
+"""The ClientApp: message -> bundle -> local data -> fine-tuning -> reply.
+
+Composition root of the data owner's side. Each message of a deployment runs in a new process, so nothing is
+expected of memory, and what a message does not need (torch, transformers) is not imported for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from ot_federated.bundle_shards import shard_size
+from ot_federated.config import RunConfig, parse_run_config
+from ot_federated.data_owner.bundle_cache import BundleCache
+from ot_federated.errors import DataError, OtFederatedError, ProtocolError
+from ot_federated.logs import logger, show_lines
+from ot_federated.messages import (
+    arrays_key,
+    build_content,
+    config_of,
+    decode_shard,
+    decode_update,
+    encode_update,
+    int_field,
+    text_field,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from datasets import Dataset
+
+    from ot_federated.data_owner.policy import Policy
+    from ot_federated.tasks.base import Example
+    from ot_federated.training import StepReport
+    from ot_federated.tuning import Tuning
+
+seconds_between_lines = 10.0
+
+app = ClientApp()
+
+
+def client_name(context: Context) -> str:
+    """Return this client's name: node config ``name``, ``client-<partition>`` in a simulation, else its node id."""
+    if name := context.node_config.get("name"):
+        return str(name)
+    partition = context.node_config.get("partition-id")
+    return f"client-{partition:04d}" if isinstance(partition, int) else f"node-{context.node_id}"
+
+
+def open_cache(context: Context) -> BundleCache:
+    """Return the bundle cache of node config ``cache-dir``, or the default one."""
+    directory = context.node_config.get("cache-dir")
+    return BundleCache(Path(str(directory)).expanduser() if directory else None)
+
+
+def reply_to(message: Message, build: Callable[[], RecordDict]) -> Message:
+    """Return the reply that ``build`` makes; an error becomes a reply that says why.
+
+    Our own errors are written for strangers to read. The text of any other could quote private data: it goes to
+    this side's log, and only its type leaves.
+    """
+    show_lines()
+    try:
+        return Message(build(), reply_to=message)
+    except OtFederatedError as error:
+        logger.warning("%s: %s", type(error).__name__, error)
+        reason = str(error) if error.may_leave else f"{type(error).__name__}; the client's log has the details"
+    except Exception as error:
+        logger.exception("the message could not be handled")
+        reason = f"{type(error).__name__}; the client's log has the details"
+    return Message(build_content({"status": "error", "reason": reason}), reply_to=message)
+
+
+@app.query("hello")
+def hello(message: Message, context: Context) -> Message:
+    """Say who this client is, and which shards of the bundle it lacks."""
+
+    def build() -> RecordDict:
+        record = config_of(message)
+        manifest = record.get("manifest")
+        if not isinstance(manifest, bytes):
+            raise ProtocolError("the message has no manifest")
+        cache = open_cache(context)
+        missing = cache.announce(
+            text_field(record, "bundle-digest"), manifest, shard_bytes=int_field(record, "shard-bytes")
+        )
+        return build_content(
+            {
+                "status": "ok",
+                "name": client_name(context),
+                "cache-id": cache.identify(),
+                "missing-shards": missing,
+            }
+        )
+
+    return reply_to(message, build)
+
+
+@app.query("shard")
+def shard(message: Message, context: Context) -> Message:
+    """Store one piece of the bundle."""
+
+    def build() -> RecordDict:
+        record = config_of(message)
+        digest, index = text_field(record, "bundle-digest"), int_field(record, "shard-index")
+        shard_bytes = int_field(record, "shard-bytes")
+        cache = open_cache(context)
+        if not cache.find(digest):
+            manifest = cache.announced(digest, shard_bytes=shard_bytes)
+            data = decode_shard(message, num_bytes=shard_size(manifest, index, shard_bytes=shard_bytes))
+            cache.receive(digest, index, data, shard_bytes=shard_bytes, sha256=text_field(record, "shard-sha256"))
+        return build_content({"status": "ok", "shard-index": index})
+
+    return reply_to(message, build)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Tune the adapter for one round and reply with its update."""
+
+    def build() -> RecordDict:
+        digest = text_field(config_of(message), "bundle-digest")
+        directory = open_cache(context).find(digest)
+        if directory is None:
+            return build_content({"status": "bundle-missing", "bundle-digest": digest})
+        return tune(message, context, directory)
+
+    return reply_to(message, build)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """One round's work, read and checked: what ``train`` is about."""
+
+    config: RunConfig
+    directory: Path
+    adapter: dict[str, torch.Tensor]
+    rows: Dataset
+    examples: list[Example]
+    client: str
+    device: str
+    tuning: Tuning
+    server_round: int
+    run: str
+    update_dtype: str
+    proximal_mu: float
+    policy: Policy
+
+
+def read_assignment(message: Message, context: Context, directory: Path) -> Assignment:
+    """Read the train message, the local data and the data owner's policy.
+
+    Raises:
+        ProtocolError: If the message is malformed.
+        DataError: If the local data is not what the task needs.
+        ConfigError: If the run config or the policy file is wrong.
+    """
+    from ot_federated.data_owner.fine_tuning import load_model_once, load_tokenizer_once
+    from ot_federated.data_owner.local_data import load_local_rows
+    from ot_federated.data_owner.policy import default_policy, load_policy
+    from ot_federated.devices import choose_device
+    from ot_federated.tasks.registry import build_task
+    from ot_federated.tuning import build_tuning
+
+    record, config = config_of(message), parse_run_config(context.run_config)
+    arrays, dtype = message.content.array_records.get(arrays_key), text_field(record, "update-dtype")
+    if arrays is None or dtype not in ("float32", "float16", "bfloat16"):
+        raise ProtocolError(f"the train message has no adapter, or its type {dtype!r} is unknown")
+    tuning = build_tuning(config)
+    device = choose_device(str(context.node_config.get("device", "auto")))
+    reference = load_model_once(str(directory), device, tuning).reference
+    columns = config.columns
+    rows = load_local_rows(
+        context.node_config,
+        source=config.data.train,
+        columns=list(columns.values()),
+        partitioner=config.data.partitioner,
+        partition_column=config.data.partition_column or columns.get("answer", ""),
+        dirichlet_alpha=config.data.dirichlet_alpha,
+        max_train_examples=config.data.max_train_examples,
+        seed=config.seed,
+    )
+    tokenizer = load_tokenizer_once(str(directory))
+    task = build_task(config.task.name, tokenizer, columns=columns, max_length=config.data.max_length)
+    examples = task.encode(rows)
+    if not examples:
+        raise DataError("This client's shard has no example to train on: give it more data, or use fewer clients.")
+    proximal_mu = record.get("proximal-mu", config.train.proximal_mu)
+    policy_file = context.node_config.get("policy")
+    return Assignment(
+        config=config,
+        directory=directory,
+        adapter=decode_update(arrays, reference, dtype=dtype),
+        rows=rows,
+        examples=examples,
+        client=client_name(context),
+        device=device,
+        tuning=tuning,
+        server_round=int_field(record, "server-round"),
+        run=text_field(record, "run"),
+        update_dtype=dtype,
+        proximal_mu=float(proximal_mu) if isinstance(proximal_mu, (int, float)) else 0.0,
+        policy=load_policy(Path(str(policy_file)).expanduser()) if policy_file else default_policy(),
+    )
+
+
+def tune(message: Message, context: Context, directory: Path) -> RecordDict:
+    """Train on the local data, with privacy where the run or the data owner wants it, and build the reply."""
+    began = time.monotonic()
+    work = read_assignment(message, context, directory)
+    private = work.config.privacy.mode == "example"
+    arrays, metrics = run_private_round(work, context) if private else run_plain_round(work)
+    metrics["seconds"] = time.monotonic() - began
+    # Under privacy a client's weight is constant: the number of its examples is not part of what it releases.
+    weight = {"num-examples": 1 if private else len(work.examples)}
+    fields: dict[str, str | int | float | bytes | list[int]] = {
+        "status": "ok",
+        "bundle-digest": directory.name,
+        "server-round": work.server_round,
+    }
+    allowed = work.policy.filter_metrics(metrics, private=private)
+    return build_content(fields, arrays=arrays, metrics={**allowed, **weight})
+
+
+def run_plain_round(work: Assignment) -> tuple[ArrayRecord, dict[str, int | float]]:
+    """Tune without privacy, if the policy allows it; return the update and the metrics."""
+    from ot_federated.data_owner.fine_tuning import fine_tune
+
+    config = work.config
+    work.policy.check_request(
+        task=config.task.name,
+        num_rounds=config.num_server_rounds,
+        num_examples=len(work.examples),
+        release=None,
+    )
+    result = fine_tune(
+        work.directory,
+        work.adapter,
+        work.examples,
+        device=work.device,
+        tuning=work.tuning,
+        client=work.client,
+        server_round=work.server_round,
+        num_rounds=config.num_server_rounds,
+        batch_size=config.train.batch_size,
+        local_epochs=config.train.local_epochs,
+        max_steps=config.train.max_steps,
+        learning_rate=config.train.learning_rate,
+        lr_schedule=config.train.lr_schedule,
+        warmup_fraction=config.train.warmup_fraction,
+        weight_decay=config.train.weight_decay,
+        max_grad_norm=config.train.max_grad_norm,
+        proximal_mu=work.proximal_mu,
+        seed=config.seed,
+        on_step=progress_line(work.client, work.server_round, config),
+    )
+    metrics: dict[str, int | float] = {
+        "num-steps": result.num_steps,
+        "num-tokens": result.num_tokens,
+        "loss": result.loss,
+    }
+    return encode_update(result.weights, work.adapter, dtype=work.update_dtype), metrics
+
+
+def run_private_round(work: Assignment, context: Context) -> tuple[ArrayRecord, dict[str, int | float]]:
+    """Tune by DP-SGD under the data owner's policy and ledger; return the update and what the owner may tell."""
+    from ot_federated.data_owner.private_tuning import PrivacySettings, tune_privately
+    from ot_federated.training import TrainingResult, plan_round
+
+    config, privacy = work.config, work.config.privacy
+    num_steps = plan_round(
+        num_examples=len(work.examples),
+        batch_size=config.train.batch_size,
+        local_epochs=config.train.local_epochs,
+        max_steps=config.train.max_steps,
+    )
+
+    def encode(result: TrainingResult) -> dict[str, np.ndarray[Any, Any]]:
+        record = encode_update(result.weights, work.adapter, dtype=work.update_dtype)
+        return {name: array.numpy() for name, array in record.items()}
+
+    arrays, epsilon = tune_privately(
+        work.directory,
+        work.adapter,
+        work.examples,
+        rows=work.rows,
+        dataset=str(context.node_config.get("dataset", "")),
+        policy=work.policy,
+        settings=PrivacySettings(
+            target_epsilon=privacy.target_epsilon,
+            target_delta=privacy.target_delta,
+            noise_multiplier=privacy.noise_multiplier,
+            max_grad_norm=privacy.max_grad_norm,
+            clipping=privacy.clipping,
+            engine=privacy.engine,
+            micro_batch_size=privacy.micro_batch_size,
+        ),
+        run=work.run,
+        task=config.task.name,
+        device=work.device,
+        tuning=work.tuning,
+        client=work.client,
+        server_round=work.server_round,
+        num_rounds=config.num_server_rounds,
+        batch_size=config.train.batch_size,
+        num_steps=num_steps,
+        learning_rate=config.train.learning_rate,
+        lr_schedule=config.train.lr_schedule,
+        warmup_fraction=config.train.warmup_fraction,
+        weight_decay=config.train.weight_decay,
+        proximal_mu=work.proximal_mu,
+        encode=encode,
+        on_step=progress_line(work.client, work.server_round, config),
+    )
+    record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+    return record, {"num-steps": num_steps, "epsilon": epsilon}
+
+
+def progress_line(name: str, server_round: int, config: RunConfig) -> Callable[[StepReport], None]:
+    """Return a step callback that writes a line to this side's log every few seconds."""
+    last = time.monotonic()
+
+    def report(step: StepReport) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds_between_lines:
+            last = time.monotonic()
+            logger.info(
+                "round %d/%d  %s  step %d/%d  loss %.3f",
+                server_round,
+                config.num_server_rounds,
+                name,
+                step.step,
+                step.num_steps,
+                step.loss,
+            )
+
+    return report

@@ -1,0 +1,143 @@
+"""Tune the adapter on local data: one round at one data owner."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from ot_federated.bundle import read_manifest, read_tensors
+from ot_federated.emulated_model import load_emulated_model
+from ot_federated.tasks.base import Example
+from ot_federated.training import StepReport, TrainingResult, draw_batches, plan_round, train
+from ot_federated.tuning import Tuning, prepare_tuning, start_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+full_tuning = Tuning()
+
+
+@dataclass(frozen=True)
+class TunableModel:
+    """The emulated model, and what trains in it.
+
+    Attributes:
+        model: The emulated model.
+        parameters: What trains, by role name.
+        reference: Start values in fp32 by the same names: what the first update is a difference to.
+    """
+
+    model: PreTrainedModel
+    parameters: dict[str, nn.Parameter]
+    reference: dict[str, torch.Tensor]
+
+
+@lru_cache(maxsize=1)
+def load_model_once(directory: str, device: str, tuning: Tuning = full_tuning) -> TunableModel:
+    """Load the emulated model once a process: in a simulation the next client of the process finds it ready.
+
+    Only the values of what trains differ between clients, and each round begins by writing all of them.
+    """
+    manifest = read_manifest(Path(directory))
+    model = load_emulated_model(Path(directory), manifest, device=device)
+    parameters = prepare_tuning(model, manifest, tuning)
+    base = read_tensors(Path(directory) / "adapter.safetensors")
+    return TunableModel(model, parameters, start_state(parameters, base, tuning))
+
+
+@lru_cache(maxsize=1)
+def load_tokenizer_once(directory: str) -> PreTrainedTokenizerBase:
+    """Load the bundle's tokenizer once a process."""
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    return tokenizer
+
+
+def fine_tune(
+    directory: Path,
+    adapter: Mapping[str, torch.Tensor],
+    examples: Sequence[Example],
+    *,
+    device: str,
+    tuning: Tuning,
+    client: str,
+    server_round: int,
+    num_rounds: int,
+    batch_size: int,
+    local_epochs: int,
+    max_steps: int,
+    learning_rate: float,
+    lr_schedule: str,
+    warmup_fraction: float,
+    weight_decay: float,
+    max_grad_norm: float,
+    proximal_mu: float,
+    seed: int,
+    on_step: Callable[[StepReport], None] | None = None,
+) -> TrainingResult:
+    """Tune the adapter for one round, starting from ``adapter``, and return its new weights in fp32.
+
+    The order of the data and the learning rate depend on the seed, the client's name and the round alone, so a
+    round that is repeated gives the same weights.
+
+    Args:
+        directory: The bundle.
+        adapter: fp32 weights that the server sent, by role name.
+        examples: The local examples.
+        device: Where to train.
+        tuning: What trains.
+        client: This client's name.
+        server_round: The round, from 1.
+        num_rounds: Rounds of the run: the learning-rate schedule spans them all.
+        batch_size: Examples a step.
+        local_epochs: Passes over the examples.
+        max_steps: Most steps in this round; 0 for no limit.
+        learning_rate: Peak learning rate.
+        lr_schedule: ``linear``, ``cosine`` or ``constant``.
+        warmup_fraction: Share of all steps of all rounds that warms up.
+        weight_decay: Decoupled weight decay.
+        max_grad_norm: Clip the gradient's norm to this; 0 for no clipping.
+        proximal_mu: Weight of FedProx's proximal term.
+        seed: The run's seed.
+        on_step: Called after every step.
+    """
+    tunable = load_model_once(str(directory), device, tuning)
+    client_seed = zlib.crc32(client.encode())
+    # Dropout draws from torch's own generator; a repeated round must draw the same.
+    torch.manual_seed(int(np.random.SeedSequence([seed, client_seed, server_round]).generate_state(1)[0]))
+    num_steps = plan_round(
+        num_examples=len(examples), batch_size=batch_size, local_epochs=local_epochs, max_steps=max_steps
+    )
+    first_step = (server_round - 1) * num_steps
+    return train(
+        tunable.model,
+        tunable.parameters,
+        examples,
+        start=adapter,
+        batches=draw_batches(
+            [len(example.input_ids) for example in examples],
+            batch_size=batch_size,
+            first_step=first_step,
+            num_steps=num_steps,
+            seed=[seed, client_seed],
+        ),
+        first_step=first_step,
+        num_steps=num_steps,
+        total_steps=num_rounds * num_steps,
+        learning_rate=learning_rate,
+        lr_schedule=lr_schedule,
+        warmup_fraction=warmup_fraction,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        proximal_mu=proximal_mu,
+        on_step=on_step,
+    )

@@ -1,0 +1,192 @@
+"""The client's own proof, before it trains, that the engine bounds each example's influence on this very model.
+
+Engines that look inside a model fail silently on some (weights used beside their layer, positions shared by a
+batch, a loss whose mean runs over the batch): the clipped sum is then wrong, and epsilon with it. Two properties
+that need no knowledge of the model find these mistakes; both are tried on made-up tokens, never on private data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from ot_federated.data_owner.per_example_gradients import (
+    ClippedGradients,
+    PrivacyError,
+    clip_factors,
+    open_clipped_gradients,
+)
+from ot_federated.tasks.base import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Allowed relative error of the clipped sum, and excess of one example's influence over C, by the model's type.
+# float32: rounding is 1e-6. bfloat16: attention takes another path through the hardware when a batch has padding,
+# which moves a gradient by 1-4 % of itself; C is exceeded by 0.2 % where dropping an example removes all padding.
+# The mistakes that this must find are above 20 %.
+error_tolerances = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+influence_tolerances = {torch.float32: 1e-5, torch.bfloat16: 0.01, torch.float16: 2e-3}
+
+# Short ones for speed; unequal for losses that share a mean; two of a length, so that dropping the long one
+# leaves a batch without padding.
+_lengths = ((5, 2), (5, 4), (12, 3))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfCheck:
+    """What the self-check measured.
+
+    Attributes:
+        max_error: Largest relative error of the clipped sum against a loop of single examples.
+        max_influence: Largest change of the clipped sum when one example is left out, in units of C.
+    """
+
+    max_error: float
+    max_influence: float
+
+
+def check_per_example_gradients(
+    model: PreTrainedModel,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    engine: str,
+    max_grad_norm: float,
+    clipping: str = "flat",
+) -> SelfCheck:
+    """Prove on the actual model that no example can move the clipped sum by more than C; refuse otherwise.
+
+    Tried at three bounds: the configured one, one that clips every example, and one that clips none.
+
+    Args:
+        model: The model, on its device.
+        parameters: What will train, by name.
+        engine: ``hooks``, ``ghost`` or ``loop``.
+        max_grad_norm: The configured C.
+        clipping: ``flat`` or ``automatic``.
+
+    Raises:
+        PrivacyError: If a property does not hold, or the engine cannot work with this model.
+    """
+    examples = _make_examples(model)
+    with _without_zeros(parameters):
+        singles = _single_gradients(model, parameters, examples)
+        norms = [_norm(single) for single in singles]
+        if not max(norms) > 0:
+            raise PrivacyError(
+                "The client refuses to train: on test inputs no trained weight has a gradient, so nothing can be "
+                "checked. See that the trained parameters are part of the model."
+            )
+        bounds = (max_grad_norm, 0.1 * min(norm for norm in norms if norm > 0), max(norms))
+        with (
+            _refused(model, engine=engine),
+            open_clipped_gradients(model, parameters, engine=engine, micro_batch_size=len(examples)) as gradients,
+        ):
+            found = [_measure(gradients, examples, singles, max_grad_norm=bound, clipping=clipping) for bound in bounds]
+    measured = SelfCheck(max_error=max(f.max_error for f in found), max_influence=max(f.max_influence for f in found))
+    _judge(model, parameters, measured, engine=engine)
+    return measured
+
+
+def _measure(
+    gradients: ClippedGradients,
+    examples: Sequence[Example],
+    singles: Sequence[Sequence[torch.Tensor]],
+    *,
+    max_grad_norm: float,
+    clipping: str,
+) -> SelfCheck:
+    total = gradients.sum(examples, max_grad_norm=max_grad_norm, clipping=clipping)
+    norms = torch.tensor([_norm(single) for single in singles])
+    factors = clip_factors(norms, max_grad_norm=max_grad_norm, clipping=clipping).tolist()
+    reference = [torch.zeros_like(part) for part in total]
+    for factor, single in zip(factors, singles, strict=True):
+        for part, gradient in zip(reference, single, strict=True):
+            part.add_(gradient, alpha=factor)
+    max_error = _distance(total, reference) / max(_norm(reference), 1e-30)
+    del reference
+    influences = []
+    for index in range(len(examples)):
+        others = [example for position, example in enumerate(examples) if position != index]
+        without = gradients.sum(others, max_grad_norm=max_grad_norm, clipping=clipping)
+        influences.append(_distance(total, without) / max_grad_norm)
+    return SelfCheck(max_error=max_error, max_influence=max(influences))
+
+
+@contextmanager
+def _refused(model: PreTrainedModel, *, engine: str) -> Iterator[None]:
+    """Turn what Opacus meets inside a model that it does not understand into a refusal."""
+    try:
+        yield
+    # Its text is public: the inputs are made up.
+    except (NotImplementedError, RuntimeError, ValueError, AttributeError, IndexError, TypeError) as error:
+        raise PrivacyError(
+            f"The client refuses to train: privacy.engine={engine} fails on this {model.config.model_type} model "
+            f"({type(error).__name__}: {error}). Set privacy.engine=loop."
+        ) from error
+
+
+def _judge(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter], measured: SelfCheck, *, engine: str) -> None:
+    dtype = next(iter(parameters.values())).dtype
+    remedies = {"loop": "Set model.dtype=float32, or use another model."}
+    remedy = remedies.get(
+        engine, "Set privacy.engine=loop" + ("." if dtype == torch.float32 else ", or model.dtype=float32.")
+    )
+    # Written so that nan fails too.
+    if not measured.max_error <= error_tolerances[dtype]:
+        raise PrivacyError(
+            f"The client refuses to train: with privacy.engine={engine} the clipped gradients of this "
+            f"{model.config.model_type} model differ by {measured.max_error:.2g} of their norm from those of single "
+            f"examples (allowed: {error_tolerances[dtype]:g}). {remedy}"
+        )
+    if not measured.max_influence <= 1 + influence_tolerances[dtype]:
+        raise PrivacyError(
+            f"The client refuses to train: with privacy.engine={engine} one example moves the clipped sum of this "
+            f"{model.config.model_type} model by {measured.max_influence:.6g} C (allowed: "
+            f"{1 + influence_tolerances[dtype]:g} C). {remedy}"
+        )
+
+
+def _norm(sums: Sequence[torch.Tensor]) -> float:
+    return math.sqrt(math.fsum(float(total.square().sum()) for total in sums))
+
+
+def _distance(sums: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
+    return _norm([total - other for total, other in zip(sums, others, strict=True)])
+
+
+def _single_gradients(
+    model: PreTrainedModel, parameters: Mapping[str, nn.Parameter], examples: Sequence[Example]
+) -> list[list[torch.Tensor]]:
+    with open_clipped_gradients(model, parameters, engine="loop", micro_batch_size=1) as loop:
+        return [loop.sum([example], max_grad_norm=math.inf) for example in examples]
+
+
+def _make_examples(model: PreTrainedModel) -> list[Example]:
+    rng = np.random.default_rng(0)
+    size = model.config.get_text_config().vocab_size
+    return [Example(tuple(int(token) for token in rng.integers(size, size=length)), num) for length, num in _lengths]
+
+
+@contextmanager
+def _without_zeros(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Give parameters that are all zero small random values for a while.
+
+    LoRA starts with one factor at zero, where the other's gradient vanishes and so does every mistake in it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    kept = {name: parameter.data for name, parameter in parameters.items() if not bool(parameter.detach().any())}
+    for name, data in kept.items():
+        parameters[name].data = (0.02 * torch.randn(data.shape, generator=generator)).to(data)
+    try:
+        yield
+    finally:
+        for name, data in kept.items():
+            parameters[name].data = data

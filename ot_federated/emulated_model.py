@@ -1,0 +1,166 @@
+"""The model that a data owner trains: bottom adapter, emulator, top adapter, in one transformers model.
+
+It is built from a bundle alone, by the same function on both sides, so what the owner scores is what a client
+trains. Tensors carry role names (``top.0.mlp.up_proj.weight``) in files and messages; only this module and
+``model_owner.plug_in`` translate them into a model's own names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import Cache
+
+from ot_federated.architectures import Architecture, find_architecture, get_blocks
+from ot_federated.bundle import Manifest, adapter_prefixes, check_config, read_tensors
+from ot_federated.errors import BundleError, OtFederatedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Bridge(nn.Module):
+    """A linear stand-in for a run of dropped blocks: ``h -> h + W h + b``.
+
+    It takes a block's place in the stack, so it accepts what blocks are passed beside hidden states. Of that it uses
+    the key-value cache alone: it stores empty keys at its position, because models read the number of cached tokens
+    off the first layer, or the first of each attention type.
+    """
+
+    def __init__(self, hidden_size: int, *, position: int, returns_tuple: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size, hidden_size))
+        self.bias = nn.Parameter(torch.empty(hidden_size))
+        self.position = position
+        self.returns_tuple = returns_tuple
+
+    def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> Any:
+        """Map hidden states ``(batch, seq, hidden)`` to the same shape."""
+        # Families pass the cache under different names, GPT-2 by position.
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        if cache is not None:
+            empty = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
+            cache.update(empty, empty, self.position)
+        bridged = hidden_states + functional.linear(hidden_states, self.weight, self.bias)
+        return (bridged, None) if self.returns_tuple else bridged
+
+
+def model_names(manifest: Manifest, architecture: Architecture) -> dict[str, str]:
+    """Return, for each position of the stack, role prefix -> prefix in the emulated model."""
+    return {entry.prefix: f"{architecture.blocks}.{position}." for position, entry in enumerate(manifest.stack)}
+
+
+def load_emulated_model(directory: Path, manifest: Manifest, *, device: str = "cpu") -> PreTrainedModel:
+    """Build the emulated model from a verified bundle directory, its weights memory-mapped and frozen.
+
+    Raises:
+        BundleError: If the tensors are not exactly those that the manifest's config needs.
+        ArchitectureError: If the model type is not in the table.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name in ("adapter.safetensors", "emulator.safetensors", "frozen.safetensors"):
+        tensors.update(read_tensors(directory / name))
+    model = build_emulated_model(manifest, tensors)
+    return model.to(device)  # type: ignore[arg-type, no-any-return]  # transformers annotates .to loosely
+
+
+def build_emulated_model(manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+    """Build the emulated model around role-named tensors, without copying them."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_config(manifest.config)
+    fields = {name: value for name, value in manifest.config.items() if name != "model_type"}
+    try:
+        config = AutoConfig.for_model(manifest.model_type, **fields)
+        architecture = find_architecture(config)
+        # Parameters stay on the meta device until the bundle's tensors take their place; buffers (rotary
+        # frequencies, for one) are computed for real because no file carries them.
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            blocks = get_blocks(model, architecture)
+            if len(blocks) != len(manifest.stack):
+                raise BundleError(f"The bundle's config has {len(blocks)} blocks, its stack {len(manifest.stack)}.")
+            for position, entry in enumerate(manifest.stack):
+                if entry.role == "bridge":
+                    blocks[position] = Bridge(
+                        config.hidden_size, position=position, returns_tuple=architecture.block_returns_tuple
+                    )
+    except OtFederatedError:
+        raise
+    except Exception as error:  # whatever transformers makes of a config that a stranger wrote
+        raise BundleError(
+            f"No model can be built from the bundle's config ({type(error).__name__}: {error}). It was altered, or "
+            "made by another release of transformers."
+        ) from error
+    _assign(model, _rename(tensors, model_names(manifest, architecture)))
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _rename(tensors: Mapping[str, torch.Tensor], prefixes: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    renamed = {}
+    for name, tensor in tensors.items():
+        role, _, rest = name.partition(".")
+        index, _, inner = rest.partition(".")
+        prefix = prefixes.get(f"{role}.{index}.")
+        renamed[prefix + inner if prefix else name] = tensor
+    return renamed
+
+
+def _assign(model: Any, state: dict[str, torch.Tensor]) -> None:
+    for target, source in tied_names(model).items():
+        if source in state:
+            state.setdefault(target, state[source])
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or extra:
+        raise BundleError(f"The bundle's tensors do not fit its config: missing {missing[:3]}, unknown {extra[:3]}.")
+    for name, shape in expected.items():
+        if state[name].shape != shape:
+            raise BundleError(
+                f"{name} has shape {tuple(state[name].shape)} in the bundle; its config needs {tuple(shape)}."
+            )
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+
+
+def tied_names(model: Any) -> dict[str, str]:
+    """Return the model's tied parameters, alias -> source (a tied head -> the input embeddings)."""
+    tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}) or {})
+    return tied
+
+
+def adapter_parameters(model: nn.Module, manifest: Manifest, *, placement: str = "both") -> dict[str, nn.Parameter]:
+    """Return the adapter's parameters in the emulated model, by role name."""
+    architecture = find_architecture(model.config)
+    prefixes = model_names(manifest, architecture)
+    wanted = adapter_prefixes(manifest.stack, placement=placement)
+    named = dict(model.named_parameters())
+    return {
+        role + name.removeprefix(prefixes[role]): parameter
+        for role in wanted
+        for name, parameter in named.items()
+        if name.startswith(prefixes[role])
+    }
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, adapter: Mapping[str, torch.Tensor], manifest: Manifest) -> None:
+    """Replace adapter parameters of the emulated model by ``adapter`` (role names), cast to the model's type.
+
+    The parameters get memory of their own: what was there may be a memory-mapped file that others read.
+
+    Raises:
+        BundleError: If a name or a shape is not the model's.
+    """
+    parameters = adapter_parameters(model, manifest)
+    for name, tensor in adapter.items():
+        parameter = parameters.get(name)
+        if parameter is None or parameter.shape != tensor.shape:
+            raise BundleError(f"The adapter's tensor {name} {tuple(tensor.shape)} has no counterpart in the bundle.")
+        parameter.data = tensor.to(device=parameter.device, dtype=parameter.dtype, copy=True)

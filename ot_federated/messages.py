@@ -1,0 +1,226 @@
+"""The wire: what passes between model owner and data owner, and how it is encoded.
+
+Three exchanges, each a Flower message and its reply:
+
+``query.hello``  digest and manifest of the bundle -> the client's name, its cache, the shards it lacks
+``query.shard``  one piece of the bundle -> stored, or why not
+``train``        the adapter, the bundle's digest, the round -> the adapter's update and its metrics, or a status
+
+Tensors travel as arrays, structure as scalars; nothing is ever unpickled. An adapter travels as its difference to
+something the receiver has (to a client: the bundle's adapter; from it: the adapter it was sent), because a
+difference keeps its precision in 16 bits where the weights themselves would not.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from ot_federated.errors import ProtocolError
+
+if TYPE_CHECKING:
+    import torch
+
+wire_version = 1
+hello_type, shard_type, train_type = "query.hello", "query.shard", "train"
+arrays_key, config_key, metrics_key = "arrays", "config", "metrics"
+
+shard_name = "shard"
+# numpy has no bfloat16: its bits travel as int16.
+_wire_dtypes: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype("float32"),
+    "float16": np.dtype("float16"),
+    "bfloat16": np.dtype("int16"),
+}
+
+
+def encode_update(
+    weights: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor], *, dtype: str
+) -> ArrayRecord:
+    """Return ``weights - reference`` as arrays of ``dtype``.
+
+    Raises:
+        ProtocolError: If a difference is not finite in ``dtype``: training diverged, or the type is too narrow.
+    """
+    import torch
+
+    record = ArrayRecord()
+    for name, tensor in weights.items():
+        difference = (tensor.float() - reference[name].float()).to(getattr(torch, dtype)).contiguous()
+        if not torch.isfinite(difference).all():
+            raise ProtocolError(
+                f"The update of {name} is not finite in {dtype}: training diverged, or the type is too narrow. Lower "
+                "train.learning-rate, or set strategy.update-dtype=float32."
+            )
+        bits = difference.view(torch.int16) if dtype == "bfloat16" else difference
+        record[name] = Array(bits.numpy())
+    return record
+
+
+def decode_update(record: ArrayRecord, reference: Mapping[str, torch.Tensor], *, dtype: str) -> dict[str, torch.Tensor]:
+    """Return ``reference + update`` in fp32, after checking names, types, shapes and values.
+
+    Raises:
+        ProtocolError: Naming what is missing, unknown, of the wrong type or shape, or not finite.
+    """
+    import torch
+
+    missing, unknown = sorted(reference.keys() - record.keys()), sorted(record.keys() - reference.keys())
+    if missing or unknown:
+        raise ProtocolError(f"arrays are missing {missing[:3]} or unknown {unknown[:3]}")
+    weights = {}
+    for name, base in reference.items():
+        values = read_array(record[name], name=name, dtype=_wire_dtypes[dtype], shape=tuple(base.shape))
+        difference = torch.from_numpy(values.copy())
+        if dtype == "bfloat16":
+            difference = difference.view(torch.bfloat16)
+        if not torch.isfinite(difference).all():
+            raise ProtocolError(f"{name} holds values that are not finite")
+        weights[name] = base.float() + difference.float()
+    return weights
+
+
+def read_array(array: Array, *, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """Return an array from a peer, after checking that it is what it must be.
+
+    Raises:
+        ProtocolError: If type, shape or size are not the expected ones, or the bytes cannot be read.
+    """
+    if array.stype != "numpy.ndarray":
+        raise ProtocolError(f"{name} is serialised as {array.stype!r}, not as numpy.ndarray")
+    if array.dtype != dtype.name or tuple(array.shape) != shape:
+        raise ProtocolError(f"{name} is {array.dtype} {tuple(array.shape)}, not {dtype.name} {shape}")
+    # The bytes must begin with the very header that numpy writes for this type and shape. So no parser ever reads a
+    # stranger's header, which could name another size, a zip archive or a pickle.
+    header = npy_header(dtype, shape)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if len(array.data) != len(header) + num_bytes or not array.data.startswith(header):
+        raise ProtocolError(f"{name} carries {len(array.data)} bytes, more or other than {dtype.name} {shape} needs")
+    return np.frombuffer(array.data, dtype=dtype, offset=len(header)).reshape(shape)
+
+
+@lru_cache(maxsize=4096)
+def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """Return the header that ``numpy.save`` writes before a C-ordered array of this type and shape."""
+    stream = io.BytesIO()
+    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, fields)
+    return stream.getvalue()
+
+
+def encode_shard(data: bytes) -> ArrayRecord:
+    """Return a piece of the bundle as an array of bytes: Flower cuts arrays into chunks, and nothing else."""
+    return ArrayRecord({shard_name: Array(np.frombuffer(data, dtype=np.uint8))})
+
+
+def decode_shard(message: Message, *, num_bytes: int) -> bytes:
+    """Return the piece of the bundle in a ``query.shard`` message.
+
+    Raises:
+        ProtocolError: If it is not one array of ``num_bytes`` bytes.
+    """
+    record = message.content.array_records.get(arrays_key)
+    if record is None or list(record) != [shard_name]:
+        raise ProtocolError("the message carries no shard")
+    return read_array(record[shard_name], name=shard_name, dtype=np.dtype("uint8"), shape=(num_bytes,)).tobytes()
+
+
+def num_array_bytes(record: ArrayRecord) -> int:
+    """Return the bytes of the arrays in a record."""
+    return sum(len(array.data) for array in record.values())
+
+
+def config_of(message: Message) -> ConfigRecord:
+    """Return the message's config record.
+
+    Raises:
+        ProtocolError: If there is none, or it is of another wire version.
+    """
+    record = message.content.config_records.get(config_key)
+    if record is None:
+        raise ProtocolError("the message has no config record")
+    if record.get("wire-version") != wire_version:
+        raise ProtocolError(
+            f"the peer speaks wire version {record.get('wire-version')!r}, this side {wire_version}: install the same "
+            "release of ot-federated on both sides"
+        )
+    return record
+
+
+def text_field(record: ConfigRecord, name: str) -> str:
+    """Return a text field of a config record.
+
+    Raises:
+        ProtocolError: If it is missing or not text.
+    """
+    value = record.get(name)
+    if not isinstance(value, str):
+        raise ProtocolError(f"the field {name!r} is {value!r}, not text")
+    return value
+
+
+def int_field(record: ConfigRecord, name: str) -> int:
+    """Return an integer field of a config record, at least 0.
+
+    Raises:
+        ProtocolError: If it is missing, not an integer, or negative.
+    """
+    value = record.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ProtocolError(f"the field {name!r} is {value!r}, not a count")
+    return value
+
+
+def build_content(
+    config: Mapping[str, str | int | float | bytes | list[int]],
+    *,
+    arrays: ArrayRecord | None = None,
+    metrics: Mapping[str, int | float] | None = None,
+) -> RecordDict:
+    """Build a message's content: config (with the wire version), and arrays and metrics where there are some."""
+    content = RecordDict({config_key: ConfigRecord({"wire-version": wire_version, **config})})
+    if arrays is not None:
+        content[arrays_key] = arrays
+    if metrics is not None:
+        content[metrics_key] = MetricRecord(dict(metrics))
+    return content
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What a client says of itself.
+
+    Attributes:
+        name: Its name: node config ``name``, or ``client-<partition>`` in a simulation. Names order the replies,
+            so that a resumed run adds them up in the same order; node ids change with every simulation.
+        cache_id: Identifies its bundle cache; clients on one machine share one, and it is filled once.
+        missing_shards: The shards that this cache lacks.
+    """
+
+    name: str
+    cache_id: str
+    missing_shards: tuple[int, ...]
+
+
+def parse_hello(message: Message, *, num_shards: int) -> Hello:
+    """Read the reply to ``query.hello``.
+
+    Raises:
+        ProtocolError: If it is malformed, or the client refused (with its reason).
+    """
+    record = config_of(message)
+    if text_field(record, "status") != "ok":
+        raise ProtocolError(text_field(record, "reason"))
+    missing: Any = record.get("missing-shards")
+    if not isinstance(missing, list) or any(
+        isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < num_shards for index in missing
+    ):
+        raise ProtocolError(f"the client lacks shards {missing!r} of {num_shards}")
+    return Hello(text_field(record, "name")[:100], text_field(record, "cache-id")[:100], tuple(sorted(set(missing))))

@@ -1,0 +1,1 @@
+"""What only the server runs: the side that holds the full model."""

@@ -1,0 +1,1 @@
+"""Emulators: which middle blocks stay, and what stands in for the others."""

@@ -1,0 +1,220 @@
+"""Score before and after tuning, deliver, and sum the run up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ot_federated.cache import atomic_write_text
+from ot_federated.emulated_model import load_adapter, load_emulated_model
+from ot_federated.logs import logger
+from ot_federated.model_owner.delivery import deliver_adapter, deliver_lora, deliver_model
+from ot_federated.model_owner.evaluation import format_rows, recovery, row_names, score_with_progress
+from ot_federated.model_owner.full_fine_tuning import fine_tune_full_model
+from ot_federated.model_owner.full_model import load_full_model
+from ot_federated.model_owner.owner import Owner
+from ot_federated.model_owner.plug_in import plugged_in
+from ot_federated.model_owner.splitting import describe_split, package_versions
+from ot_federated.reporting.model_card import render_model_card
+from ot_federated.reporting.plots import plot_rounds
+from ot_federated.sources import draw_rows, load_table
+from ot_federated.tasks.base import Score
+from ot_federated.training import StepReport
+
+if TYPE_CHECKING:
+    import torch
+
+say = logger.info
+
+
+def score_start(owner: Owner) -> None:
+    """Score full model and emulator before anything is tuned."""
+    say("scoring before tuning: %d test examples", len(owner.test))
+    owner.rows["full_zero_shot"] = score_with_progress(owner.task, owner.model, owner.test, title="full zero-shot")
+    emulated = load_emulated_model(owner.bundle, owner.manifest, device=owner.device)
+    owner.rows["emulator_zero_shot"] = score_with_progress(owner.task, emulated, owner.test, title="emulator zero-shot")
+    for line in format_rows(owner.rows):
+        say(line)
+
+
+def score_end(owner: Owner, adapter: dict[str, torch.Tensor]) -> None:
+    """Score the plug-in and the tuned emulator on the test data."""
+    say("scoring after tuning: %d test examples", len(owner.test))
+    with plugged_in(owner.model, adapter, owner.manifest.stack, placement=owner.config.tuning.placement) as model:
+        owner.rows["plug_in"] = score_with_progress(owner.task, model, owner.test, title="plug-in")
+    emulated = load_emulated_model(owner.bundle, owner.manifest, device=owner.device)
+    load_adapter(emulated, adapter, owner.manifest)
+    owner.rows["emulator_fine_tuned"] = score_with_progress(
+        owner.task, emulated, owner.test, title="emulator fine-tuned"
+    )
+
+
+def score_full_fine_tuning(owner: Owner, *, num_steps: int) -> Score:
+    """Fine-tune a fresh copy of the full model on all training data, and score it."""
+    config = owner.config
+    columns = config.columns
+    table = load_table(config.data.train, split="train", columns=list(columns.values()))
+    rows = table.select(draw_rows(table.num_rows, max_rows=config.data.max_train_examples, seed=config.seed))
+    model, _ = load_full_model(
+        config.model.source, revision=config.model.revision, dtype=owner.dtype, device=owner.device
+    )
+    say("fine-tuning the full model for %d steps, as many as the clients took together", num_steps)
+    fine_tune_full_model(
+        model,
+        owner.task.encode(rows),
+        num_steps=num_steps,
+        batch_size=config.train.batch_size,
+        learning_rate=config.evaluation.full_learning_rate,
+        lr_schedule=config.train.lr_schedule,
+        warmup_fraction=config.train.warmup_fraction,
+        weight_decay=config.train.weight_decay,
+        max_grad_norm=config.train.max_grad_norm,
+        seed=config.seed,
+        on_step=report_every(20),
+    )
+    return score_with_progress(owner.task, model, owner.test, title="full fine-tuned")
+
+
+def report_every(num_steps: int) -> Callable[[StepReport], None]:
+    """Return a step callback that says a line every ``num_steps`` steps."""
+
+    def report(step: StepReport) -> None:
+        if step.step % num_steps == 0 or step.step == step.num_steps:
+            say("full fine-tuning  step %d/%d  loss %.3f", step.step, step.num_steps, step.loss)
+
+    return report
+
+
+def finish(
+    owner: Owner, state: dict[str, torch.Tensor], *, setup_seconds: float, total_seconds: Callable[[], float]
+) -> None:
+    """Write adapter, model, plot and summary, and show the result."""
+    config, run, stack = owner.config, owner.run, owner.manifest.stack
+    adapter = owner.whole_adapter(state)
+    rounds = [line for line in run.read_metrics() if line.get("round", 0) > 0]
+    description = {
+        "base_model": config.model.source,
+        "bundle_digest": owner.manifest.digest,
+        "stack": [asdict(e) for e in stack],
+    }
+    if owner.tuning.method == "lora":
+        digest = deliver_lora(
+            run.path / "adapter",
+            model=owner.model,
+            state=state,
+            stack=stack,
+            tuning=owner.tuning,
+            description=description,
+        )
+    else:
+        digest = deliver_adapter(
+            run.path / "adapter", model=owner.model, adapter=adapter, stack=stack, description=description
+        )
+    deliver_model(
+        run.path / "model",
+        model=owner.model,
+        tokenizer=owner.tokenizer,
+        adapter=adapter,
+        stack=stack,
+        placement=config.tuning.placement,
+    )
+    plot_rounds(run.read_metrics(), run.path / "rounds.png", title=f"{config.model.source}, {config.data.train}")
+
+    def sum_up() -> dict[str, Any]:
+        summary = summarise(owner, rounds, adapter_digest=digest, setup_seconds=setup_seconds)
+        summary["seconds"]["total"] = round(total_seconds(), 1)
+        card = render_model_card(summary, table="\n".join(format_rows(owner.rows)))
+        atomic_write_text(run.path / "model" / "README.md", card)
+        run.write_json("summary.json", summary)
+        return summary
+
+    summary = sum_up()
+    if config.evaluation.full_fine_tuning:
+        # Last, because it needs the most memory: whatever becomes of it, the result is delivered.
+        owner.model.cpu()
+        owner.rows["full_fine_tuned"] = score_full_fine_tuning(
+            owner, num_steps=sum(int(line["num_steps"]) for line in rounds)
+        )
+        summary = sum_up()
+    for line in format_rows(owner.rows):
+        say(line)
+    say(describe_outcome(summary))
+    say("adapter %s  model %s", digest[:16], run.path / "model")
+
+
+def describe_privacy(owner: Owner, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return what the run asked of its clients; what was really spent stands in their ledgers."""
+    privacy = owner.config.privacy
+    if privacy.mode == "none":
+        return None
+    reported = [line["epsilon"] for line in rounds if line.get("epsilon") is not None]
+    return {
+        **asdict(privacy),
+        "unit": "example",
+        "adjacency": "add-remove-one",
+        "sampling": "poisson",
+        "accountant": "PLD, in each data owner's ledger, over all rounds and runs",
+        "largest_epsilon_reported": max(reported, default=None),
+    }
+
+
+def describe_outcome(summary: Mapping[str, Any]) -> str:
+    """Return recovery, bytes and seconds in one line."""
+    shares = summary["recovery"]
+    if shares is None:
+        shown = "unknown (needs evaluation.full-fine-tuning=true)"
+    else:
+        shown = ", ".join(f"{name} {'none' if share is None else f'{share:.0%}'}" for name, share in shares.items())
+    sizes, seconds = summary["bytes"], summary["seconds"]
+    return (
+        f"recovery {shown}; bundle {sizes['bundle_per_client'] / 1e6:.1f} MB, update "
+        f"{sizes['update_per_client_round'] / 1e6:.1f} MB per client and round, full model "
+        f"{sizes['full_model'] / 1e6:.1f} MB; {seconds['total']:.0f} s"
+    )
+
+
+def summarise(
+    owner: Owner, rounds: Sequence[dict[str, Any]], *, adapter_digest: str, setup_seconds: float
+) -> dict[str, Any]:
+    """Return the content of ``summary.json``."""
+    parameters = list(owner.model.parameters())
+    replies = sum(int(line["num_replies"]) for line in rounds)
+    update_bytes = sum(int(line["bytes_to_server"]) for line in rounds) / max(1, replies)
+    rows = {name: owner.rows.get(name) for name in row_names}
+    return {
+        "scenario": os.environ.get("OT_FEDERATED_SCENARIO", ""),
+        "command": os.environ.get("OT_FEDERATED_COMMAND", "flwr run ."),
+        "versions": package_versions(),
+        "device": owner.device,
+        "dtype": str(owner.dtype).removeprefix("torch."),
+        "seed": owner.config.seed,
+        "model": {
+            "source": owner.config.model.source,
+            "num_parameters": sum(parameter.numel() for parameter in parameters),
+            "num_blocks": owner.manifest.num_blocks,
+        },
+        "offsite": {**describe_split(owner.manifest), "bundle_digest": owner.manifest.digest},
+        "rows": {name: score.to_dict() if score else None for name, score in rows.items()},
+        "recovery": recovery(rows),
+        "federation": {
+            "engine": os.environ.get("OT_FEDERATED_ENGINE", "flower"),
+            "num_clients": len({name for line in rounds for name in line["clients"]}),
+            "num_rounds": len(rounds),
+            "num_replies": replies,
+            "num_failures": sum(len(line["failures"]) for line in rounds),
+        },
+        "bytes": {
+            "bundle_per_client": owner.manifest.num_bytes,
+            "update_per_client_round": round(update_bytes),
+            "full_model": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        },
+        "seconds": {
+            "total": 0.0,
+            "setup": round(setup_seconds, 1),
+            "rounds": [round(line["seconds"], 1) for line in rounds],
+        },
+        "privacy": describe_privacy(owner, rounds),
+        "adapter_sha256": adapter_digest,
+    }

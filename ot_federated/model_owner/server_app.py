@@ -1,0 +1,166 @@
+"""The ServerApp: config -> bundle -> strategy.start -> plug in -> artefacts.
+
+Composition root of the model owner's side: the only place where settings, method and federation meet.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+
+from ot_federated.bundle import read_tensors
+from ot_federated.config import RunConfig, flatten, parse_run_config
+from ot_federated.emulated_model import load_emulated_model
+from ot_federated.errors import CheckpointError, OtFederatedError
+from ot_federated.logs import logger, show_lines
+from ot_federated.model_owner.checkpoints import load_latest_checkpoint, save_checkpoint
+from ot_federated.model_owner.evaluation import score_with_progress
+from ot_federated.model_owner.owner import Owner, prepare
+from ot_federated.model_owner.plug_in import plugged_in
+from ot_federated.model_owner.results import finish, score_end, score_start
+from ot_federated.reporting.run_directory import RunDirectory, failure_file, summary_file
+from ot_federated.tuning import prepare_tuning, start_state
+from strategies.aggregators import aggregator_state, build_aggregator, restore_aggregator
+from strategies.conversation import BundleSource
+from strategies.offsite_tuning import OffsiteTuning
+from strategies.replies import RoundRecord, record_tensors, tensors_record
+
+say = logger.info
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation; a failure is noted in the run directory, then raised."""
+    show_lines()
+    run = None
+    try:
+        config = parse_run_config(context.run_config)
+        run = RunDirectory.open(config.output_dir, flatten(config), resume=config.resume)
+        run_federation(grid, config, run)
+    except Exception as error:
+        output_dir = str(context.run_config.get("output-dir", ""))
+        place = run or (RunDirectory(Path(output_dir).expanduser().absolute()) if output_dir else None)
+        # A directory that holds another run's result is not this run's to write into.
+        if place and (run or not (place.path / summary_file).exists()):
+            place.write_failure(describe_failure(error))
+            say("failed; the reason is in %s", place.path / failure_file)
+        raise
+
+
+def describe_failure(error: Exception) -> str:
+    """Return why a run failed, and where one is known what helps."""
+    if isinstance(error, OtFederatedError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"The model owner's device ran out of memory ({error}). Use a smaller data.max-length or model, or "
+            "model.dtype=bfloat16, or model.device=cpu; then go on with resume=true."
+        )
+    return f"{type(error).__name__}: {error} (the log has the traceback)"
+
+
+def run_federation(grid: Grid, config: RunConfig, run: RunDirectory) -> None:
+    """Prepare, federate, plug in, evaluate, deliver."""
+    began = time.monotonic()
+    say("run directory %s", run.path)
+    owner = prepare(config, run)
+    score_start(owner)
+    strategy, first_arrays = build_strategy(owner)
+    setup_seconds = time.monotonic() - began
+    result = strategy.start(
+        grid,
+        first_arrays,
+        num_rounds=config.num_server_rounds,
+        timeout=config.strategy.round_timeout_seconds,
+        evaluate_fn=lambda server_round, arrays: evaluate_round(owner, server_round, arrays),
+    )
+    state = record_tensors(result.arrays)
+    score_end(owner, owner.whole_adapter(state))
+    finish(owner, state, setup_seconds=setup_seconds, total_seconds=lambda: time.monotonic() - began)
+
+
+def build_strategy(owner: Owner) -> tuple[OffsiteTuning, ArrayRecord]:
+    """Build the strategy and the adapter to begin with: the bundle's, or the last checkpoint's."""
+    config, settings = owner.config, owner.config.strategy
+    aggregator = build_aggregator(
+        settings.name,
+        proximal_mu=config.train.proximal_mu,
+        server_learning_rate=settings.server_learning_rate,
+        server_momentum=settings.server_momentum,
+        num_malicious_nodes=settings.num_malicious_nodes,
+        num_nodes_to_select=settings.num_nodes_to_select,
+        trim_fraction=settings.trim_fraction,
+    )
+    parameters = prepare_tuning(load_emulated_model(owner.bundle, owner.manifest), owner.manifest, owner.tuning)
+    reference = start_state(parameters, read_tensors(owner.bundle / "adapter.safetensors"), owner.tuning)
+    adapter, last_round = reference, 0
+    checkpoint = load_latest_checkpoint(owner.run.path / "checkpoints") if config.resume else None
+    if checkpoint is not None:
+        if checkpoint.bundle_digest != owner.manifest.digest:
+            raise CheckpointError(
+                f"The checkpoint belongs to the bundle {checkpoint.bundle_digest[:12]}, and the same settings now give "
+                f"{owner.manifest.digest[:12]}: the model, the public text or a package changed. Start a new run."
+            )
+        # In the order of the names that the aggregator knows: FedAvgM pairs arrays by position.
+        adapter = {name: checkpoint.adapter[name] for name in reference}
+        last_round = checkpoint.server_round
+        restore_aggregator(aggregator.strategy, checkpoint.aggregator)
+        say("continuing after round %d", last_round)
+    owner.run.forget_rounds_after(last_round)
+
+    def save_round(arrays: ArrayRecord, record: RoundRecord) -> None:
+        # The line first: a run that is continued drops lines beyond its checkpoint, but cannot make up missing ones.
+        line = asdict(record)
+        owner.run.append_metrics({"round": line.pop("number"), **line})
+        save_checkpoint(
+            owner.run.path / "checkpoints",
+            server_round=record.number,
+            bundle_digest=owner.manifest.digest,
+            adapter=record_tensors(arrays),
+            aggregator=aggregator_state(aggregator.strategy),
+        )
+
+    strategy = OffsiteTuning(
+        aggregator=aggregator,
+        source=BundleSource(owner.bundle, owner.manifest, settings.shard_bytes),
+        reference=reference,
+        update_dtype=settings.update_dtype,
+        fraction_train=settings.fraction_train,
+        min_nodes=settings.min_nodes,
+        min_replies=settings.min_replies,
+        node_timeout_seconds=settings.node_timeout_seconds,
+        seed=config.seed,
+        run_id=owner.run.run_id,
+        first_round=last_round + 1,
+        on_progress=say,
+        on_round=save_round,
+    )
+    return strategy, tensors_record(adapter)
+
+
+def evaluate_round(owner: Owner, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+    """Score the plug-in on the owner's validation data and note it in the round's metrics."""
+    known = next((line for line in owner.run.read_metrics() if line.get("round") == server_round), {})
+    last = server_round == owner.config.num_server_rounds
+    if known.get("plug_in") or (server_round % owner.config.evaluation.every_rounds and not last):
+        return None
+    adapter, placement = owner.whole_adapter(record_tensors(arrays)), owner.config.tuning.placement
+    with plugged_in(owner.model, adapter, owner.manifest.stack, placement=placement) as model:
+        score = score_with_progress(owner.task, model, owner.validation, title=f"round {server_round}")
+    owner.run.append_metrics({"round": server_round, **known, "plug_in": score.to_dict()})
+    accuracy = "" if score.accuracy is None else f"  accuracy {score.accuracy:.1%}"
+    say(
+        "round %d  plug-in on %d validation examples: loss %.3f%s",
+        server_round,
+        score.num_examples,
+        score.loss,
+        accuracy,
+    )
+    return MetricRecord({"loss": score.loss})

@@ -1,0 +1,78 @@
+"""The card of a delivered model: how it was made, and how it does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def describe_privacy(privacy: Mapping[str, Any] | None) -> str:
+    """Return the guarantee in one line, with all that gives an epsilon its meaning."""
+    if privacy is None:
+        return "no differential privacy: the adapter may tell of the training data"
+    noise = privacy["noise_multiplier"]
+    asked = f"noise multiplier {noise:g}" if noise else f"epsilon {privacy['target_epsilon']:g} for this run"
+    return (
+        f"example-level DP-SGD at every data owner, {asked} at delta {privacy['target_delta']:g}, "
+        f"{privacy['adjacency']}, {privacy['sampling']} sampling, accounted by {privacy['accountant']}"
+    )
+
+
+def render_model_card(summary: Mapping[str, Any], *, table: str) -> str:
+    """Return the ``README.md`` of a delivered model.
+
+    Args:
+        summary: The run's summary.
+        table: The table of rows, as text.
+    """
+    offsite, federation, source = summary["offsite"], summary["federation"], summary["model"]["source"]
+    release = f"ot-federated {summary['versions']['ot-federated']}"
+    base = "" if source.startswith(("pypi:", "/", ".")) else f"base_model: {source}\n"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+{base}tags:
+- offsite-tuning
+- federated-learning
+- ot-federated
+---
+
+# Tuned by federated Offsite-Tuning
+
+This is `{source}` ({summary["model"]["num_parameters"]:,} parameters, {summary["model"]["num_blocks"]} blocks) with
+an adapter that {federation["num_clients"]} data owners tuned on data that never left them. They saw the first
+{offsite["bottom"]} and last {offsite["top"]} blocks and an emulator of the middle (blocks
+{", ".join(map(str, offsite["kept_blocks"])) or "none"}; `{offsite["compression"]}`), in all
+{offsite["exact_weight_fraction"]:.0%} of the weights as they are. The other blocks never left the model owner.
+
+| | |
+|---|---|
+| Method | Offsite-Tuning (Xiao, Lin, Han 2023, https://arxiv.org/abs/2302.04870), by {release} |
+| Rounds, replies, failures | {federation["num_rounds"]}, {federation["num_replies"]}, {federation["num_failures"]} |
+| Weights | {summary["dtype"]} |
+| Seed | {summary["seed"]} |
+| Privacy | {describe_privacy(summary["privacy"])} |
+
+## Results
+
+Loss is per token of the right answer, in nats. Intervals are 95 %.
+
+```
+{table}
+```
+
+Made by:
+
+```
+{summary["command"]}
+```
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_DIRECTORY")
+tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_DIRECTORY")
+```
+"""

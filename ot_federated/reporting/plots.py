@@ -1,0 +1,64 @@
+"""Figures of a run. The only module that imports matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def plot_rounds(metrics: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+    """Draw the plug-in's loss and accuracy on the owner's validation data, and the clients' loss, by round.
+
+    Args:
+        metrics: Lines of ``metrics.jsonl``.
+        path: The PNG to write.
+        title: The figure's title.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    scored = [line for line in metrics if line.get("plug_in")]
+    rounds = [line["round"] for line in scored]
+    has_accuracy = any("accuracy" in line["plug_in"] for line in scored)
+    figure, axes = pyplot.subplots(
+        1, 2 if has_accuracy else 1, figsize=(9 if has_accuracy else 6, 3.8), squeeze=False, layout="constrained"
+    )
+    _draw(axes[0][0], rounds, [line["plug_in"] for line in scored], "loss", "plug-in, validation")
+    trained = [line for line in metrics if line.get("train_loss") is not None]
+    if trained:  # private clients keep their loss
+        axes[0][0].plot(
+            [line["round"] for line in trained],
+            [line["train_loss"] for line in trained],
+            "s--",
+            color="tab:grey",
+            label="emulated model, while the clients train",
+        )
+    axes[0][0].set_ylabel("loss per token (nats)")
+    if has_accuracy:
+        _draw(axes[0][1], rounds, [line["plug_in"] for line in scored], "accuracy", "plug-in, validation")
+        axes[0][1].set_ylabel("accuracy")
+        axes[0][1].yaxis.set_major_formatter(PercentFormatter(1.0))
+    for axis in axes[0]:
+        axis.set_xlabel("round")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+    # Below the axes, where no curve can run through it.
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, dpi=150, format="png")
+    pyplot.close(figure)
+    partial.replace(path)
+
+
+def _draw(axis: Any, rounds: Sequence[int], scores: Sequence[Mapping[str, Any]], measure: str, label: str) -> None:
+    values = [score[measure] for score in scores]
+    intervals = [score[f"{measure}_interval"] for score in scores]
+    axis.plot(rounds, values, "o-", label=label)
+    axis.fill_between(
+        rounds, [low for low, _ in intervals], [high for _, high in intervals], alpha=0.15, label="95 % interval"
+    )

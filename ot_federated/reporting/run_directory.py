@@ -1,0 +1,125 @@
+"""What a run leaves on disk, file by file.
+
+::
+
+    run_config.json   every key with its value
+    run_id            names the run to the data owners
+    metrics.jsonl     one line a round
+    checkpoints/      one directory a round
+    adapter/ model/   what is delivered
+    rounds.png        loss and accuracy by round
+    summary.json      the result
+    failure.txt       why the run failed, in place of a summary
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ot_federated.cache import atomic_write_text
+from ot_federated.errors import CheckpointError, ConfigError
+
+config_file, metrics_file, summary_file, failure_file = (
+    "run_config.json",
+    "metrics.jsonl",
+    "summary.json",
+    "failure.txt",
+)
+run_id_file = "run_id"
+# These may differ between a run and its continuation, and so may evaluation.*: they do not change what is trained.
+free_keys = ("resume", "output-dir", "strategy.node-timeout-seconds", "strategy.round-timeout-seconds")
+
+
+class RunDirectory:
+    """The directory of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def open(cls, output_dir: str, flat_config: Mapping[str, Any], *, resume: bool) -> RunDirectory:
+        """Open the directory of a new run, or of one that is continued.
+
+        Raises:
+            ConfigError: If a new run's directory already holds a run.
+            CheckpointError: If a continued run had another configuration, or there is none.
+        """
+        path = Path(output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}").expanduser().absolute()
+        run, existing = cls(path), path / config_file
+        if resume:
+            run._check_same_config(existing, flat_config)
+        elif existing.exists():
+            raise ConfigError(
+                f"{path} already holds a run. Continue it with resume=true, or choose another output directory."
+            )
+        (path / failure_file).unlink(missing_ok=True)
+        if not existing.exists():
+            atomic_write_text(existing, json.dumps(dict(flat_config), indent=2) + "\n")
+        return run
+
+    @staticmethod
+    def _check_same_config(existing: Path, flat_config: Mapping[str, Any]) -> None:
+        if not existing.is_file():
+            raise CheckpointError(
+                f"resume=true, but {existing.parent} holds no run. Set output-dir to the run's directory."
+            )
+        try:
+            before = json.loads(existing.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{existing} is damaged ({error}): this run cannot be continued safely.") from error
+        if not isinstance(before, dict):
+            raise CheckpointError(f"{existing} is damaged (it holds no table): this run cannot be continued safely.")
+        for name, value in flat_config.items():
+            if name not in free_keys and not name.startswith("evaluation.") and before.get(name) != value:
+                raise CheckpointError(
+                    f"resume=true with {name}={value!r}, but the run in {existing.parent} has {before.get(name)!r}. "
+                    f"Set {name}={before.get(name)!r}, or start a new run in another directory."
+                )
+
+    @property
+    def run_id(self) -> str:
+        """The run's id, made when it began and the same after it was resumed."""
+        path = self.path / run_id_file
+        if not path.is_file():
+            atomic_write_text(path, uuid.uuid4().hex + "\n")
+        return path.read_text().strip()
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Write one line of ``metrics.jsonl``; a line of the same round is replaced."""
+        lines = [old for old in self.read_metrics() if old.get("round") != line.get("round")]
+        lines.append(dict(line))
+        lines.sort(key=lambda entry: int(entry.get("round", 0)))
+        atomic_write_text(self.path / metrics_file, "".join(json.dumps(entry) + "\n" for entry in lines))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of ``metrics.jsonl``."""
+        path = self.path / metrics_file
+        if not path.is_file():
+            return []
+        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+    def forget_rounds_after(self, last_round: int) -> None:
+        """Drop the metrics of rounds that a continued run does again."""
+        kept = [line for line in self.read_metrics() if int(line.get("round", 0)) <= last_round]
+        if kept:
+            atomic_write_text(self.path / metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+        else:
+            (self.path / metrics_file).unlink(missing_ok=True)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file, whole or not at all."""
+        atomic_write_text(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def read_json(self, name: str) -> Any | None:
+        """Return a JSON file's content, or None where there is no such file."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def write_failure(self, reason: str) -> None:
+        """Note why the run failed, for whoever started it."""
+        atomic_write_text(self.path / failure_file, reason.strip() + "\n")

@@ -1,0 +1,101 @@
+"""What every task offers: examples from rows, a training loss, and a score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+Row = Mapping[str, Any]
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised training example.
+
+    Attributes:
+        input_ids: All tokens.
+        num_context: Leading tokens that are given; the loss is on the tokens behind them. At least 1.
+    """
+
+    input_ids: tuple[int, ...]
+    num_context: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How a model does on a set of examples.
+
+    Attributes:
+        loss: Mean negative log-likelihood per target token, in nats.
+        loss_interval: Its 95 % interval.
+        num_examples: Examples scored.
+        accuracy: Share of examples whose right choice has the highest summed log-probability, in [0, 1].
+        accuracy_interval: Its 95 % interval (Wilson).
+        accuracy_normalised: The same with log-probability per character of the choice.
+        perplexity: exp(loss), for language modelling.
+    """
+
+    loss: float
+    loss_interval: tuple[float, float]
+    num_examples: int
+    accuracy: float | None = None
+    accuracy_interval: tuple[float, float] | None = None
+    accuracy_normalised: float | None = None
+    perplexity: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the measured fields as JSON values."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value is not None
+        }
+
+
+class Task(Protocol):
+    """A task: how rows become examples, and how a model is trained and scored on them."""
+
+    name: str
+
+    def encode(self, rows: Iterable[Row]) -> list[Example]:
+        """Turn rows into training examples.
+
+        Raises:
+            DataError: If a row does not hold what the task needs; the message gives its number, not its text.
+        """
+        ...
+
+    def score(self, model: PreTrainedModel, rows: Sequence[Row], *, on_progress: Progress | None = None) -> Score:
+        """Score the model on rows; ``on_progress`` is called with the number of examples done."""
+        ...
+
+
+def mean_interval(values: torch.Tensor, weights: torch.Tensor) -> tuple[float, float, float]:
+    """Return the weighted mean of per-example values and its 95 % interval (ratio estimator)."""
+    total = weights.sum()
+    mean = (values * weights).sum() / total
+    num = len(values)
+    if num < 2:
+        return float(mean), float(mean), float(mean)
+    residuals = weights * (values - mean)
+    error = 1.96 * math.sqrt(float((residuals**2).sum()) * num / (num - 1)) / float(total)
+    return float(mean), float(mean) - error, float(mean) + error
+
+
+def wilson_interval(num_right: int, num_examples: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a proportion (E. B. Wilson, JASA 1927)."""
+    z = 1.96
+    share = num_right / num_examples
+    centre = (share + z * z / (2 * num_examples)) / (1 + z * z / num_examples)
+    half = (
+        z / (1 + z * z / num_examples) * math.sqrt(share * (1 - share) / num_examples + (z / (2 * num_examples)) ** 2)
+    )
+    return centre - half, centre + half

@@ -1,0 +1,42 @@
+"""Tasks by their name in the run config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ot_federated.errors import ConfigError, nearest_match
+from ot_federated.tasks.base import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+task_fields = {"multiple-choice": ("question", "choices", "answer"), "causal-lm": ("text",)}
+
+
+def build_task(name: str, tokenizer: PreTrainedTokenizerBase, *, columns: Mapping[str, str], max_length: int) -> Task:
+    """Build a task.
+
+    Args:
+        name: One of :data:`task_fields`.
+        tokenizer: The model's tokenizer.
+        columns: The data's column for each field of the task.
+        max_length: Longest example in tokens.
+
+    Raises:
+        ConfigError: If the name is unknown.
+    """
+    from ot_federated.tasks.causal_lm import CausalLanguageModelling
+    from ot_federated.tasks.multiple_choice import MultipleChoice
+
+    if name == "multiple-choice":
+        return MultipleChoice(
+            tokenizer,
+            question_column=columns["question"],
+            choices_column=columns["choices"],
+            answer_column=columns["answer"],
+            max_length=max_length,
+        )
+    if name == "causal-lm":
+        return CausalLanguageModelling(tokenizer, text_column=columns["text"], max_length=max_length)
+    raise ConfigError(f"task.name={name!r} is unknown{nearest_match(name, task_fields)}.")

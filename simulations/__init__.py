@@ -1,0 +1,1 @@
+"""Running a whole federation on one machine: launcher, in-process grid, scenarios."""

@@ -1,0 +1,1 @@
+"""Server-side aggregation of adapters: Flower strategies."""

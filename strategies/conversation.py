@@ -1,0 +1,243 @@
+"""The conversations of a round: bring the bundle to clients that lack it, then let them train.
+
+Each client's part is a small state machine driven by its replies. A client that has lost its bundle says so in its
+reply to ``train`` and gets the bundle and a second ``train`` in the same round. Clients that share a cache on one
+machine wait while the first of them fills it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from ot_federated.bundle import Manifest, manifest_name
+from ot_federated.bundle_shards import count_shards, read_shard, shard_size
+from ot_federated.errors import ProtocolError
+from ot_federated.messages import (
+    Hello,
+    build_content,
+    config_of,
+    encode_shard,
+    hello_type,
+    parse_hello,
+    shard_type,
+    text_field,
+    train_type,
+)
+from strategies.exchange import exchange
+
+max_deliveries = 3
+
+
+@dataclass(frozen=True)
+class BundleSource:
+    """The bundle as the server sends it: read from disk shard by shard, never in memory as a whole."""
+
+    directory: Path
+    manifest: Manifest
+    shard_bytes: int
+
+    @property
+    def digest(self) -> str:
+        """The bundle's digest."""
+        return self.manifest.digest
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return count_shards(self.manifest, shard_bytes=self.shard_bytes)
+
+    def hello_content(self) -> RecordDict:
+        """Return the content of ``query.hello``: which bundle, and its manifest."""
+        text = (self.directory / manifest_name).read_bytes()
+        return build_content({"bundle-digest": self.digest, "shard-bytes": self.shard_bytes, "manifest": text})
+
+    def shard_content(self, index: int) -> RecordDict:
+        """Return the content of ``query.shard`` for one shard."""
+        data = read_shard(self.directory, self.manifest, index, shard_bytes=self.shard_bytes)
+        fields: dict[str, str | int | float | bytes | list[int]] = {
+            "bundle-digest": self.digest,
+            "shard-bytes": self.shard_bytes,
+            "shard-index": index,
+            "shard-sha256": hashlib.sha256(data).hexdigest(),
+        }
+        return build_content(fields, arrays=encode_shard(data))
+
+
+@dataclass
+class Conversation:
+    """What the server and one client say to each other in one round.
+
+    Attributes:
+        node_id: The client's node.
+        hello: What it said of itself.
+        source: The bundle.
+        train: The message that it should answer in the end.
+        reply: Its answer to ``train``, once it came.
+        failure: Why it takes no further part, once it does not.
+        num_bundle_bytes: Bytes of shards sent to it.
+        num_deliveries: How often it was asked what it lacks.
+        asked: Type of the message that it should answer next.
+        missing: Shards that it still lacks.
+    """
+
+    node_id: int
+    hello: Hello
+    source: BundleSource
+    train: Message
+    reply: Message | None = None
+    failure: str = ""
+    num_bundle_bytes: int = 0
+    num_deliveries: int = 0
+    asked: str = ""
+    missing: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.missing = list(self.hello.missing_shards)
+
+    @property
+    def has_bundle(self) -> bool:
+        """Whether the client is believed to have the whole bundle."""
+        return not self.missing
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more is expected of this client in this round."""
+        return self.reply is not None or bool(self.failure)
+
+    def speak(self) -> Message:
+        """Return what to say next: the next missing shard, or ``train``."""
+        if self.has_bundle:
+            return self._message(self.train.content, train_type)
+        index = self.missing[0]
+        self.num_bundle_bytes += shard_size(self.source.manifest, index, shard_bytes=self.source.shard_bytes)
+        return self._message(self.source.shard_content(index), shard_type)
+
+    def ask(self) -> Message:
+        """Return the question which shards the client lacks.
+
+        Raises:
+            ProtocolError: If it has been given the bundle too often in this round.
+        """
+        self.num_deliveries += 1
+        if self.num_deliveries >= max_deliveries:
+            raise ProtocolError(f"the client lacked the bundle {self.num_deliveries} times in one round")
+        return self._message(self.source.hello_content(), hello_type)
+
+    def listen(self, reply: Message) -> Message | None:
+        """Take in a reply and return what to say next, or None when the conversation is over."""
+        try:
+            return self._listen(reply)
+        except ProtocolError as error:
+            self.failure = str(error)
+            return None
+
+    def _listen(self, reply: Message) -> Message | None:
+        raise_flower_error(reply)
+        if reply.metadata.message_type != self.asked:
+            raise ProtocolError(f"it answers {reply.metadata.message_type!r} to {self.asked!r}")
+        if reply.metadata.message_type == hello_type:
+            self.hello = parse_hello(reply, num_shards=self.source.num_shards)
+            self.missing = list(self.hello.missing_shards)
+            return self.speak()
+        record = config_of(reply)
+        status = text_field(record, "status")
+        if status == "bundle-missing":
+            return self.ask()
+        if status != "ok":
+            raise ProtocolError(text_field(record, "reason")[:2000])
+        if reply.metadata.message_type == shard_type:
+            self.missing.pop(0)
+            return self.speak()
+        self.reply = reply
+        return None
+
+    def _message(self, content: RecordDict, message_type: str) -> Message:
+        self.asked = message_type
+        return Message(content, self.node_id, message_type, ttl=self.train.metadata.ttl)
+
+
+def raise_flower_error(reply: Message) -> None:
+    """Raise what Flower reports in place of a client's reply.
+
+    Raises:
+        ProtocolError: If the reply is an error reply.
+    """
+    if reply.has_error():
+        reason = re.sub(r"\x1b\[[0-9;]*m", "", str(reply.error.reason))
+        lines = [line.strip() for line in reason.splitlines() if line.strip()] or ["no reason given"]
+        if "ActorDiedError" in reason:
+            # Flower gives a dead Ray worker to the next client, which then fails too.
+            lines = ["its Ray worker died, most likely for lack of memory: let fewer train at once (client-num-cpus)"]
+        raise ProtocolError(f"Flower reports error {reply.error.code}: {lines[-1][:500]}")
+
+
+def hold_conversations(
+    grid: Grid,
+    conversations: Sequence[Conversation],
+    *,
+    timeout_seconds: float,
+    on_change: Callable[[Conversation], None],
+) -> None:
+    """Hold all conversations of a round until each is done.
+
+    Args:
+        grid: Flower's grid.
+        conversations: One for each client.
+        timeout_seconds: For the whole round; whoever is not done then has failed.
+        on_change: Called when a conversation got its bundle, its reply, or failed.
+    """
+    table = {conversation.node_id: conversation for conversation in conversations}
+    fillers: dict[str, Conversation] = {}
+    waiting: list[Conversation] = []
+    first: list[Message] = []
+    for conversation in conversations:
+        if not conversation.has_bundle and conversation.hello.cache_id in fillers:
+            waiting.append(conversation)
+            continue
+        if not conversation.has_bundle:
+            fillers[conversation.hello.cache_id] = conversation
+        first.append(conversation.speak())
+
+    def release(filler: Conversation) -> list[Message]:
+        """Let those go on who wait for the cache that ``filler`` has filled, or failed to fill."""
+        if fillers.get(filler.hello.cache_id) is not filler or not (filler.has_bundle or filler.done):
+            return []
+        del fillers[filler.hello.cache_id]
+        messages = []
+        for follower in [other for other in waiting if other.hello.cache_id == filler.hello.cache_id]:
+            waiting.remove(follower)
+            if filler.has_bundle:
+                # Believed, not known: a follower that lacks it after all will say so and be served.
+                follower.missing = []
+                messages.append(follower.speak())
+            else:
+                fillers[follower.hello.cache_id] = follower
+                messages.append(follower.ask())
+                break
+        return messages
+
+    def on_reply(node_id: int, reply: Message) -> list[Message]:
+        conversation = table[node_id]
+        answer = conversation.listen(reply)
+        if answer is None:
+            on_change(conversation)
+        return ([answer] if answer else []) + release(conversation)
+
+    def on_lost(node_id: int, reason: str) -> list[Message]:
+        conversation = table[node_id]
+        conversation.failure = reason
+        on_change(conversation)
+        return release(conversation)
+
+    exchange(grid, first, timeout_seconds=timeout_seconds, on_reply=on_reply, on_lost=on_lost)
+    for conversation in conversations:
+        if not conversation.done:
+            conversation.failure = "the bundle could not be delivered to its cache in time"
+            on_change(conversation)

@@ -1,0 +1,351 @@
+"""Federated Offsite-Tuning: the strategy that joins the data owners' adapters.
+
+Guangxuan Xiao, Ji Lin, Song Han, "Offsite-Tuning: Transfer Learning without Full Model", 2023,
+https://arxiv.org/abs/2302.04870, with many data owners in place of one.
+
+A round: wait (not for ever) for clients, choose some, bring the bundle to those who lack it, let them train, check
+every reply, hand the good ones to one of Flower's aggregators, save the result. What an aggregator sees are whole
+adapters in fp32; what travels are differences.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from ot_federated.errors import OtFederatedError, ProtocolError
+from ot_federated.logs import logger
+from ot_federated.messages import (
+    Hello,
+    arrays_key,
+    build_content,
+    config_of,
+    decode_update,
+    encode_update,
+    hello_type,
+    int_field,
+    metrics_key,
+    num_array_bytes,
+    parse_hello,
+    text_field,
+    train_type,
+)
+from strategies.aggregators import Aggregator, fit_selection
+from strategies.conversation import BundleSource, Conversation, hold_conversations, raise_flower_error
+from strategies.exchange import FixedNodes, exchange, wait_for_nodes
+from strategies.replies import RoundRecord, count_metric, describe_reply, record_tensors, tensors_record
+
+
+class AggregationError(OtFederatedError):
+    """A round brought too few valid replies to go on."""
+
+
+class OffsiteTuning(Strategy):
+    """Distribute the bundle, tune adapters at the clients, validate and aggregate their updates.
+
+    Args:
+        aggregator: What joins the adapters.
+        source: The bundle.
+        reference: The bundle's adapter by role name: what travels to clients is the difference to it.
+        update_dtype: Type in which differences travel.
+        fraction_train: Share of the connected clients that train in a round, in (0, 1].
+        min_nodes: Clients that must be connected, and at least train.
+        min_replies: Valid replies without which a round fails.
+        node_timeout_seconds: Longest wait for ``min_nodes``.
+        seed: Seed of the choice of clients.
+        run_id: Identifies the run, also after it was resumed; clients account for privacy under it.
+        first_round: The round to begin with; above 1 when a run is continued.
+        on_progress: Told a line of text whenever something happened that a waiting person wants to know.
+        on_round: Called with each finished round's adapter and record, before it is evaluated: the place to save it.
+    """
+
+    def __init__(
+        self,
+        *,
+        aggregator: Aggregator,
+        source: BundleSource,
+        reference: Mapping[str, torch.Tensor],
+        update_dtype: str = "float16",
+        fraction_train: float = 1.0,
+        min_nodes: int = 2,
+        min_replies: int = 1,
+        node_timeout_seconds: float = 300.0,
+        seed: int = 0,
+        run_id: str = "run",
+        first_round: int = 1,
+        on_progress: Callable[[str], None] = logger.info,
+        on_round: Callable[[ArrayRecord, RoundRecord], None] | None = None,
+    ) -> None:
+        self.aggregator = aggregator
+        self.source = source
+        self.reference = {name: tensor.float() for name, tensor in reference.items()}
+        self.update_dtype = update_dtype
+        self.fraction_train = fraction_train
+        self.min_nodes = max(min_nodes, aggregator.min_replies)
+        self._need = ""
+        if aggregator.min_replies > min_nodes:
+            self._need = (
+                f" {type(aggregator.strategy).__name__} needs {aggregator.min_replies} replies to withstand the "
+                "strategy.num-malicious-nodes that are set: set fewer of those, or another strategy.name."
+            )
+        self.min_replies = max(min_replies, aggregator.min_replies)
+        self.node_timeout_seconds = node_timeout_seconds
+        self.seed = seed
+        self.run_id = run_id
+        self.first_round = first_round
+        self.on_progress = on_progress
+        self.on_round = on_round
+        self.hellos: dict[int, Hello] = {}
+        self.record = RoundRecord(0)
+        self.round_timeout_seconds = 3600.0
+        self._sent: dict[str, torch.Tensor] = {}
+
+    def summary(self) -> None:
+        """Log the strategy's settings."""
+        logger.info(
+            "%s on adapters, at least %d nodes and %d valid replies; bundle %s, %.1f MB; updates travel as %s",
+            type(self.aggregator.strategy).__name__,
+            self.min_nodes,
+            self.min_replies,
+            self.source.digest[:12],
+            self.source.manifest.num_bytes / 1e6,
+            self.update_dtype,
+        )
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run rounds ``first_round`` to ``num_rounds`` and return the last adapter, as whole fp32 arrays.
+
+        Flower's own loop always begins with round 1, takes replies only all at once, and goes on with unchanged
+        weights when every client failed; therefore this one.
+
+        Raises:
+            AggregationError: If a round has too few nodes or too few valid replies; the message has the reasons.
+        """
+        del evaluate_config  # clients report in their reply to train: one process start less for each of them
+        self.summary()
+        self.round_timeout_seconds = timeout
+        result = Result()
+        result.arrays = arrays = initial_arrays
+        if evaluate_fn and (metrics := evaluate_fn(self.first_round - 1, arrays)) is not None:
+            result.evaluate_metrics_serverapp[self.first_round - 1] = metrics
+        for server_round in range(self.first_round, num_rounds + 1):
+            began = time.monotonic()
+            config = ConfigRecord(dict(train_config or {}))
+            messages = self.configure_train(server_round, arrays, config, grid)
+            replies = self._hold_round(grid, messages, timeout_seconds=timeout)
+            aggregated, train_metrics = self.aggregate_train(server_round, replies)
+            assert aggregated is not None  # aggregate_train raises rather than return nothing
+            result.arrays = arrays = aggregated
+            self.record.seconds = time.monotonic() - began
+            if train_metrics is not None:
+                result.train_metrics_clientapp[server_round] = train_metrics
+            if self.on_round:
+                self.on_round(arrays, self.record)
+            if evaluate_fn and (metrics := evaluate_fn(server_round, arrays)) is not None:
+                result.evaluate_metrics_serverapp[server_round] = metrics
+        return result
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Choose the round's clients and return the first message to each.
+
+        Raises:
+            AggregationError: If too few clients connect in time.
+        """
+        self.record = RoundRecord(server_round)
+        node_ids = wait_for_nodes(
+            grid,
+            min_nodes=self.min_nodes,
+            timeout_seconds=self.node_timeout_seconds,
+            on_progress=self.on_progress,
+            why=self._need,
+        )
+        self._greet(grid, [node_id for node_id in node_ids if node_id not in self.hellos])
+        present = [node_id for node_id in node_ids if node_id in self.hellos]
+        if len(present) < self.min_nodes:
+            raise AggregationError(
+                f"Round {server_round}: {len(present)} of {len(node_ids)} clients can take part and "
+                f"strategy.min-nodes needs {self.min_nodes}. Their reasons: {self.record.failures or 'none given'}."
+            )
+        chosen = self._choose(server_round, present)
+        self.record.clients = [self._name(node_id) for node_id in chosen]
+        # Flower's aggregator notes the current weights here, and adds what its clients must know (FedProx: mu).
+        list(self.aggregator.strategy.configure_train(server_round, arrays, config, FixedNodes(grid, chosen)))
+        update = encode_update(record_tensors(arrays), self.reference, dtype=self.update_dtype)
+        # What clients really get, rounded as it was: their updates are differences to this.
+        self._sent = decode_update(update, self.reference, dtype=self.update_dtype)
+        fields: dict[str, str | int | float | bytes | list[int]] = {
+            name: value for name, value in config.items() if isinstance(value, (str, int, float))
+        }
+        fields |= {
+            "bundle-digest": self.source.digest,
+            "server-round": server_round,
+            "update-dtype": self.update_dtype,
+            "run": self.run_id,
+        }
+        content = build_content(fields, arrays=update)
+        self.record.bytes_to_clients = num_array_bytes(update) * len(chosen)
+        return [Message(content, node_id, train_type, ttl=self.round_timeout_seconds) for node_id in chosen]
+
+    def _choose(self, server_round: int, present: Sequence[int]) -> list[int]:
+        """Return the round's nodes in the order of their names, the same in a run that was stopped and resumed."""
+        ordered = sorted(present, key=lambda node_id: (self.hellos[node_id].name, node_id))
+        size = min(len(ordered), max(self.min_nodes, round(len(ordered) * self.fraction_train)))
+        picked = np.random.default_rng([self.seed, server_round]).choice(len(ordered), size=size, replace=False)
+        return [ordered[index] for index in sorted(picked)]
+
+    def _name(self, node_id: int) -> str:
+        """Return a client's name, with its node where another client gave the same name."""
+        name = self.hellos[node_id].name
+        namesakes = sum(hello.name == name for hello in self.hellos.values())
+        return name if namesakes == 1 else f"{name} (node {node_id})"
+
+    def _greet(self, grid: Grid, node_ids: Sequence[int]) -> None:
+        """Ask new nodes who they are and which shards they lack."""
+        content = self.source.hello_content()
+        ttl = self.node_timeout_seconds
+        messages = [Message(content, node_id, hello_type, ttl=ttl) for node_id in node_ids]
+
+        def note(node_id: int, reply: Message) -> list[Message]:
+            try:
+                raise_flower_error(reply)
+                self.hellos[node_id] = parse_hello(reply, num_shards=self.source.num_shards)
+            except ProtocolError as error:
+                lose(node_id, str(error))
+            return []
+
+        def lose(node_id: int, reason: str) -> list[Message]:
+            self.record.failures[f"node {node_id}"] = reason
+            self.on_progress(f"node {node_id} cannot take part: {reason}")
+            return []
+
+        exchange(grid, messages, timeout_seconds=ttl, on_reply=note, on_lost=lose)
+
+    def _hold_round(self, grid: Grid, messages: Iterable[Message], *, timeout_seconds: float) -> list[Message]:
+        """Let every chosen client train and return the replies in the order of the clients' names."""
+        conversations = [
+            Conversation(node_id, self.hellos[node_id], self.source, message)
+            for message in messages
+            for node_id in [message.metadata.dst_node_id]
+        ]
+        names = {conversation.node_id: self._name(conversation.node_id) for conversation in conversations}
+        num_done = 0
+
+        def report(conversation: Conversation) -> None:
+            nonlocal num_done
+            num_done += 1
+            head = f"round {self.record.number}  {num_done}/{len(conversations)}  {names[conversation.node_id]}"
+            self.on_progress(f"{head}  {describe_reply(conversation)}")
+
+        hold_conversations(grid, conversations, timeout_seconds=timeout_seconds, on_change=report)
+        for conversation in conversations:
+            self.record.bundle_bytes += conversation.num_bundle_bytes
+            if conversation.failure:
+                self.record.failures[names[conversation.node_id]] = conversation.failure
+                # Ask again who it is before the next round: it may have lost its bundle, or be gone.
+                del self.hellos[conversation.node_id]
+            else:
+                self.hellos[conversation.node_id] = replace(conversation.hello, missing_shards=())
+        return [conversation.reply for conversation in conversations if conversation.reply is not None]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check every reply, aggregate the valid ones in fp32, and return the new adapter and train metrics.
+
+        Raises:
+            AggregationError: If fewer replies are valid than ``min_replies``.
+        """
+        valid = []
+        for reply in replies:
+            name = self._name(reply.metadata.src_node_id)
+            try:
+                valid.append(self._validate(server_round, reply))
+            except ProtocolError as error:
+                self.record.failures[name] = f"rejected: {error}"
+                self.on_progress(f"round {server_round}  {name}  reply rejected: {error}")
+        self.record.num_replies = len(valid)
+        if len(valid) < self.min_replies:
+            raise AggregationError(
+                f"Round {server_round} brought {len(valid)} valid replies and needs {self.min_replies}. "
+                + "; ".join(f"{name}: {reason}" for name, reason in self.record.failures.items())
+            )
+        fit_selection(self.aggregator, num_replies=len(valid))
+        arrays, metrics = self.aggregator.strategy.aggregate_train(server_round, valid)
+        if arrays is None:
+            raise AggregationError(
+                f"Round {server_round}: {self.aggregator.strategy.__class__.__name__} gave no result."
+            )
+        # Flower's server optimizers compute in fp64 where a learning rate is a numpy number.
+        result = {name: array.numpy().astype(np.float32) for name, array in arrays.items()}
+        return ArrayRecord({name: Array(result[name]) for name in self.reference}), metrics
+
+    def _validate(self, server_round: int, reply: Message) -> Message:
+        """Return the reply as Flower's aggregators want it: one record of fp32 weights, one of metrics.
+
+        Raises:
+            ProtocolError: If anything in it is not what was asked for.
+        """
+        record = config_of(reply)
+        if (replied := int_field(record, "server-round")) != server_round:
+            raise ProtocolError(f"it answers round {replied}")
+        if (digest := text_field(record, "bundle-digest")) != self.source.digest:
+            raise ProtocolError(f"it was trained on the bundle {digest[:12]}, not {self.source.digest[:12]}")
+        arrays = reply.content.array_records.get(arrays_key)
+        metrics = reply.content.metric_records.get(metrics_key)
+        if arrays is None or metrics is None:
+            raise ProtocolError("it lacks its arrays or its metrics")
+        # A private reply tells neither loss nor counts; its weight is 1.
+        num_examples, loss = count_metric(metrics, "num-examples"), metrics.get("loss")
+        if num_examples == 0:
+            raise ProtocolError("num-examples is 0")
+        if loss is not None and not (isinstance(loss, float) and math.isfinite(loss)):
+            raise ProtocolError(f"loss is {loss!r}")
+        weights = decode_update(arrays, self._sent, dtype=self.update_dtype)
+        num_steps = count_metric(metrics, "num-steps", default=0)
+        num_tokens = count_metric(metrics, "num-tokens", default=0)
+        # Everything is checked: only now is anything of this reply counted.
+        self.record.bytes_to_server += num_array_bytes(arrays)
+        self.record.num_steps += num_steps
+        self.record.num_tokens += num_tokens
+        self.record.num_examples += num_examples
+        if loss is not None:
+            share = num_examples / self.record.num_examples
+            self.record.train_loss = (
+                loss if self.record.train_loss is None else ((1 - share) * self.record.train_loss + share * loss)
+            )
+        epsilon = metrics.get("epsilon")
+        if isinstance(epsilon, float) and math.isfinite(epsilon):
+            self.record.epsilon = max(epsilon, self.record.epsilon or 0.0)
+        whole = RecordDict({arrays_key: tensors_record(weights)})
+        whole[metrics_key] = MetricRecord({"num-examples": num_examples})
+        reply.content = whole
+        return reply
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send nothing: the owner evaluates the plug-in, clients report their loss with their update."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return nothing: see :meth:`configure_evaluate`."""
+        return None

@@ -1,0 +1,91 @@
+"""Small random models of every family in the architecture table, and a tokenizer that needs no download."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+num_blocks = 8
+_llama_like = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": num_blocks,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+}
+_families: dict[str, dict[str, Any]] = {
+    "llama": _llama_like,
+    "mistral": {**_llama_like, "sliding_window": None},
+    "qwen2": _llama_like,
+    "qwen3": _llama_like,
+    "gemma": _llama_like,
+    "gemma2": {**_llama_like, "sliding_window": 64, "query_pre_attn_scalar": 8},
+    "gemma3_text": {**_llama_like, "sliding_window": 64, "query_pre_attn_scalar": 8},
+    "opt": {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": num_blocks,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "word_embed_proj_dim": 32,
+        "dropout": 0.0,
+    },
+    "gpt2": {"n_embd": 32, "n_layer": num_blocks, "n_head": 4, "n_positions": 256, "resid_pdrop": 0.0},
+    "bloom": {"hidden_size": 32, "n_layer": num_blocks, "n_head": 4},
+    "gpt_neox": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": num_blocks,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+    },
+}
+family_names = tuple(_families)
+
+
+def build_family_model(
+    family: str, *, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Build a random model of one family; blocks differ enough that a wrong order would show."""
+    torch.manual_seed(seed)
+    vocabulary = {"vocab_size": 260, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = AutoConfig.for_model(family, tie_word_embeddings=tied, **vocabulary, **_families[family])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+            elif "bias" in name:
+                parameter.normal_(std=0.05)
+    for parameter in model.parameters():
+        # Not model.to(dtype), which would also round the rotary frequencies: from_pretrained leaves them in fp32.
+        parameter.data = parameter.data.to(dtype)
+    model.tie_weights()
+    return model
+
+
+@lru_cache(maxsize=1)
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Build a tokenizer of single bytes, which reads any text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {c: i + 4 for i, c in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def save_family_model(directory: Path, family: str = "llama", *, tied: bool = True, seed: int = 0) -> Path:
+    """Write a small random model and its tokenizer as a save_pretrained directory."""
+    build_family_model(family, tied=tied, seed=seed).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(str(directory))
+    return directory

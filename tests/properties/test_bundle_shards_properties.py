@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ot_federated.bundle import describe_files, manifest_name, verify_files, weight_files
+from ot_federated.bundle_shards import count_shards, join_shards, read_shard, shard_size
+from tests.bundles import build_manifest
+
+# Empty files, files of exactly one shard and files longer than several shards are all likely here.
+contents_strategy = st.lists(st.binary(max_size=40), min_size=3, max_size=6)
+
+
+@given(contents=contents_strategy, shard_bytes=st.integers(1, 50))
+def test_split_and_join_are_the_identity(contents: list[bytes], shard_bytes: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        source, shards, joined = (Path(name) / part for part in ("source", "shards", "joined"))
+        for directory in (source, shards, joined):
+            directory.mkdir()
+        for index, content in enumerate(contents):
+            (source / (weight_files[index] if index < 3 else f"extra-{index}")).write_bytes(content)
+        manifest = build_manifest(files=describe_files(source))
+        paths = []
+        for index in range(count_shards(manifest, shard_bytes=shard_bytes)):
+            data = read_shard(source, manifest, index, shard_bytes=shard_bytes)
+            assert len(data) == shard_size(manifest, index, shard_bytes=shard_bytes)
+            paths.append(shards / str(index))
+            paths[-1].write_bytes(data)
+        assert b"".join(path.read_bytes() for path in paths) == b"".join(
+            (source / file.name).read_bytes() for file in manifest.files
+        )
+        # Only the last shard is shorter, none is empty.
+        assert all(path.stat().st_size == shard_bytes for path in paths[:-1])
+        assert all(path.stat().st_size for path in paths)
+        join_shards(paths, manifest, joined)
+        verify_files(joined, manifest)
+        assert sorted(path.name for path in joined.iterdir()) == sorted(file.name for file in manifest.files)
+        assert manifest_name not in {path.name for path in joined.iterdir()}

@@ -1,0 +1,124 @@
+"""A federation under example-level differential privacy: policy, ledger, replies and resume, end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ot_federated.cli import main as command_line
+from ot_federated.data_owner.privacy_accounting import Mechanism, epsilon_of
+from ot_federated.data_owner.privacy_ledger import PrivacyLedger, ledger_root, list_ledgers
+from strategies.offsite_tuning import AggregationError
+from tests.federations import prepare_federation
+
+delta = 1e-5
+private = {
+    "num-server-rounds": 2,
+    "privacy.mode": "example",
+    "privacy.target-epsilon": 4.0,
+    "privacy.target-delta": delta,
+    "privacy.engine": "loop",
+    "train.max-steps": 3,
+}
+
+
+@pytest.fixture(autouse=True)
+def own_ledgers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OT_FEDERATED_LEDGERS", str(tmp_path / "ledgers"))
+
+
+def start(directory: Path, model: Path, **changes: object):
+    return prepare_federation(
+        directory, model, num_rows=24, settings={**private, **changes.pop("settings", {})}, **changes
+    )
+
+
+def run(federation) -> None:
+    from ot_federated.model_owner.server_app import app
+
+    federation.grid.run_server_app(app)
+
+
+def test_every_client_spends_what_was_asked_and_no_more(tmp_path: Path, llama_directory: Path) -> None:
+    federation = start(tmp_path, llama_directory)
+    run(federation)
+    datasets = list_ledgers(ledger_root())
+    assert len(datasets) == 2
+    for dataset in datasets:
+        ledger = PrivacyLedger.open(ledger_root(), dataset_id=dataset)
+        releases = [entry.release for entry in ledger.entries]
+        assert [release.server_round for release in releases] == [1, 2]
+        # One calibration for all rounds: the two rounds of three steps are one mechanism of six.
+        whole = Mechanism(
+            noise_multiplier=releases[0].noise_multiplier, sample_rate=releases[0].sample_rate, num_steps=6
+        )
+        assert ledger.epsilon(delta=delta) == pytest.approx(epsilon_of([whole], delta=delta), abs=1e-6)
+        assert 3.5 < ledger.epsilon(delta=delta) <= 4.0
+    assert federation.summary["privacy"]["target_epsilon"] == 4.0
+    assert command_line(["ledger", "verify"]) == 0
+
+
+def test_nothing_of_the_data_but_the_noised_update_leaves(tmp_path: Path, llama_directory: Path) -> None:
+    seen = []
+    federation = start(tmp_path, llama_directory, on_reply=lambda reply: seen.append(reply) or [reply])
+    run(federation)
+    trained = [reply for reply in seen if reply.metadata.message_type == "train"]
+    assert len(trained) == 4
+    for reply in trained:
+        (metrics,) = reply.content.metric_records.values()
+        assert dict(metrics) == {"num-examples": 1, "num-steps": 3}
+        (config,) = reply.content.config_records.values()
+        assert set(config) == {"wire-version", "status", "bundle-digest", "server-round"}
+
+
+def test_a_spent_budget_ends_the_run_with_the_reason(tmp_path: Path, llama_directory: Path) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text("max-epsilon = 4.0\n")
+    run(start(tmp_path / "first", llama_directory, node_config={"policy": str(policy)}))
+    again = start(tmp_path / "second", llama_directory, node_config={"policy": str(policy)})
+    with pytest.raises(AggregationError, match="over its budget of 4"):
+        run(again)
+    assert "Nothing was trained or spent" in (again.output / "failure.txt").read_text()
+    assert sum(len(PrivacyLedger.open(ledger_root(), dataset_id=d).entries) for d in list_ledgers(ledger_root())) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"privacy.mode": "none"}, "require-privacy"),
+        ({"privacy.noise-multiplier": 0.1}, "min-noise-multiplier"),
+        ({"privacy.max-grad-norm": 50.0}, "max-grad-norm"),
+        ({"train.batch-size": 12}, "max-sample-rate"),
+        ({"num-server-rounds": 200}, "max-rounds"),
+        ({"privacy.target-epsilon": 100.0}, "max-epsilon"),
+    ],
+)
+def test_a_server_cannot_weaken_what_the_policy_demands(
+    settings: dict[str, object], reason: str, tmp_path: Path, llama_directory: Path
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text("max-epsilon = 8.0\n")
+    federation = start(tmp_path, llama_directory, settings=settings, node_config={"policy": str(policy)})
+    with pytest.raises(AggregationError, match=reason):
+        run(federation)
+    assert list_ledgers(ledger_root()) == []
+
+
+def test_a_round_asked_for_twice_costs_nothing_and_shows_nothing_new(tmp_path: Path, llama_directory: Path) -> None:
+    settings = {"num-server-rounds": 1}
+    first = start(tmp_path, llama_directory, settings=settings)
+    run(first)
+    before = {d: PrivacyLedger.open(ledger_root(), dataset_id=d).head for d in list_ledgers(ledger_root())}
+    # The server lost its checkpoint and repeats the round under the same run id.
+    run_id, digest = (first.output / "run_id").read_text(), first.digest
+    for path in (first.output / "run_config.json", first.output / "metrics.jsonl"):
+        path.unlink()
+    second = start(tmp_path, llama_directory, settings=settings)
+    run(second)
+    assert (second.output / "run_id").read_text() == run_id
+    assert second.digest == digest
+    assert {d: PrivacyLedger.open(ledger_root(), dataset_id=d).head for d in list_ledgers(ledger_root())} == before
+    lines = (second.output / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["failures"] == {}
