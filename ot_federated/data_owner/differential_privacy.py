@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ot_federated.data_owner.per_example_gradients import PrivacyError, open_clipped_gradients
-from ot_federated.data_owner.secure_random import SecureRandom
+from ot_federated.secure_random import SecureRandom
 from ot_federated.tasks.base import Example
 from ot_federated.training import MasterWeights, StepReport, TrainingResult, scale_learning_rate
 

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ot_federated.data_owner.privacy_accounting import Mechanism
 from ot_federated.errors import ConfigError, OtFederatedError
+from ot_federated.privacy_accounting import Mechanism
 
 schema_version = 1
 unit, adjacency, sampling = "example", "add-remove-one", "poisson"

@@ -31,8 +31,8 @@ from typing import Any
 
 from ot_federated.config import list_keys
 from ot_federated.data_owner.ledger_entries import Release
-from ot_federated.data_owner.privacy_accounting import smallest_delta
 from ot_federated.errors import ConfigError, OtFederatedError, nearest_match
+from ot_federated.privacy_accounting import smallest_delta
 
 # Metrics that a client can send. The others of a private round stay: losses, scores and counts of private data are
 # not covered by the noise.

@@ -25,7 +25,7 @@ both cannot be caught from this directory: keep :attr:`PrivacyLedger.head` in a 
 changes when one example is added, and a new ledger begins at zero although the old examples are still there:
 data that grows needs a name.
 
-Unit, adjacency and sampling: :mod:`ot_federated.data_owner.privacy_accounting`.
+Unit, adjacency and sampling: :mod:`ot_federated.privacy_accounting`.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ from ot_federated.data_owner.ledger_entries import (
     parse_entries,
     restore_both,
 )
-from ot_federated.data_owner.privacy_accounting import check_delta, epsilon_of
 from ot_federated.errors import ConfigError, DataError, OtFederatedError, ProtocolError
+from ot_federated.privacy_accounting import check_delta, epsilon_of
 
 root_variable = "OT_FEDERATED_LEDGERS"
 ledger_file, anchor_file, lock_file = "ledger.jsonl", "anchor.json", "lock"

@@ -21,10 +21,10 @@ from ot_federated.data_owner.differential_privacy import train_privately
 from ot_federated.data_owner.fine_tuning import load_model_once
 from ot_federated.data_owner.ledger_entries import Release
 from ot_federated.data_owner.policy import Policy
-from ot_federated.data_owner.privacy_accounting import calibrate_noise_multiplier
 from ot_federated.data_owner.privacy_ledger import PrivacyLedger, identify_dataset, ledger_root
 from ot_federated.data_owner.privacy_self_check import check_per_example_gradients
-from ot_federated.data_owner.secure_random import SecureRandom
+from ot_federated.privacy_accounting import calibrate_noise_multiplier
+from ot_federated.secure_random import SecureRandom
 from ot_federated.tasks.base import Example
 from ot_federated.training import StepReport, TrainingResult
 from ot_federated.tuning import Tuning

@@ -12,7 +12,7 @@ from torch import nn
 
 from ot_federated.data_owner.differential_privacy import train_privately
 from ot_federated.data_owner.per_example_gradients import engine_names
-from ot_federated.data_owner.secure_random import SecureRandom
+from ot_federated.secure_random import SecureRandom
 from ot_federated.tasks.base import Example
 from ot_federated.training import TrainingResult, train
 from tests.families import build_family_model

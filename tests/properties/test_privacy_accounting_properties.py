@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from ot_federated.data_owner import privacy_accounting
-from ot_federated.data_owner.privacy_accounting import Mechanism, epsilon_of
+from ot_federated import privacy_accounting
+from ot_federated.privacy_accounting import Mechanism, epsilon_of
 
 mechanisms = st.builds(
     Mechanism,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ot_federated.cli import main as command_line
-from ot_federated.data_owner.privacy_accounting import Mechanism, epsilon_of
 from ot_federated.data_owner.privacy_ledger import PrivacyLedger, ledger_root, list_ledgers
+from ot_federated.privacy_accounting import Mechanism, epsilon_of
 from strategies.offsite_tuning import AggregationError
 from tests.federations import prepare_federation
 

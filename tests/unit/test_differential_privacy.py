@@ -19,7 +19,7 @@ from torch import nn
 from ot_federated.data_owner import differential_privacy, per_example_gradients
 from ot_federated.data_owner.differential_privacy import PrivacyError, train_privately
 from ot_federated.data_owner.per_example_gradients import engine_names
-from ot_federated.data_owner.secure_random import SecureRandom
+from ot_federated.secure_random import SecureRandom
 from ot_federated.tasks.base import Example
 from ot_federated.tasks.language_model import example_losses
 from ot_federated.training import MasterWeights, StepReport, TrainingResult

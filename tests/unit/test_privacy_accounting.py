@@ -10,9 +10,9 @@ import pytest
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from ot_federated.data_owner import privacy_accounting
-from ot_federated.data_owner.privacy_accounting import Mechanism, calibrate_noise_multiplier, epsilon_of
+from ot_federated import privacy_accounting
 from ot_federated.errors import ConfigError
+from ot_federated.privacy_accounting import Mechanism, calibrate_noise_multiplier, epsilon_of
 
 
 def steps(noise_multiplier: float, sample_rate: float, num_steps: int) -> Mechanism:

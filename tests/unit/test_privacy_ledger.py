@@ -14,7 +14,6 @@ import pytest
 
 from ot_federated.data_owner import privacy_ledger
 from ot_federated.data_owner.ledger_entries import LedgerError, Release
-from ot_federated.data_owner.privacy_accounting import Mechanism, epsilon_of
 from ot_federated.data_owner.privacy_ledger import (
     BudgetError,
     PrivacyLedger,
@@ -24,6 +23,7 @@ from ot_federated.data_owner.privacy_ledger import (
     read_anchored_dataset,
 )
 from ot_federated.errors import ConfigError, DataError, OtFederatedError, ProtocolError
+from ot_federated.privacy_accounting import Mechanism, epsilon_of
 
 delta = 1e-5
 plan = Release(
@@ -73,7 +73,7 @@ def test_twenty_rounds_of_two_runs_with_three_restarts_cost_what_they_cost_at_on
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
     from dp_accounting.pld import PLDAccountant
 
-    from ot_federated.data_owner import privacy_accounting
+    from ot_federated import privacy_accounting
 
     # Equal on every grid; on a coarse one it is quick.
     monkeypatch.setattr(privacy_accounting, "num_grid_points", 2**13)
@@ -81,7 +81,7 @@ def test_twenty_rounds_of_two_runs_with_three_restarts_cost_what_they_cost_at_on
     code = """
 import sys
 from pathlib import Path
-from ot_federated.data_owner import privacy_accounting
+from ot_federated import privacy_accounting
 from ot_federated.data_owner.privacy_ledger import PrivacyLedger, Release
 privacy_accounting.num_grid_points = 2**13
 root, run, first, last, sigma = sys.argv[1:]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from scipy import stats
 
-from ot_federated.data_owner.secure_random import SecureRandom
+from ot_federated.secure_random import SecureRandom
 
 
 def repeatable(seed: bytes = b"tests") -> SecureRandom:

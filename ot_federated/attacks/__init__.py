@@ -1,0 +1,1 @@
+"""How private it really is: what each party could learn of the other's secret, measured."""

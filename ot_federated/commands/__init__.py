@@ -1,0 +1,1 @@
+"""The commands of ``ot-federated``, a file each."""
