@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from ot_federated.errors import ConfigError, nearest_match
+from ot_federated.label_words import check_prompt, parse_label_words
 from ot_federated.settings import Key, Scalar, check_value, setting
 
 
@@ -25,8 +26,16 @@ class TaskConfig:
 
     name: str = setting(
         "multiple-choice",
-        "multiple-choice: question, choices, answer. causal-lm: plain text.",
-        choices=("multiple-choice", "causal-lm"),
+        "multiple-choice: question, choices, answer. classification: text and label, by a word for each label. "
+        "causal-lm: plain text.",
+        choices=("multiple-choice", "classification", "causal-lm"),
+    )
+    label_words: str = setting(
+        "",
+        "classification: the word of each label, by number (terrible,great) or by name (neg=terrible,pos=great).",
+    )
+    prompt: str = setting(
+        "Text: {text}\nLabel:", "classification: what the model reads; the label's word follows a space."
     )
 
 
@@ -68,7 +77,8 @@ class DataConfig:
     answer_column: str = setting(
         "answer", "multiple-choice: column with the answer: its index, its letter, or its text."
     )
-    text_column: str = setting("text", "causal-lm: column with the text.")
+    text_column: str = setting("text", "causal-lm, classification: column with the text.")
+    label_column: str = setting("label", "classification: column with the label, its name, its word or its number.")
     partitioner: str = setting(
         "iid",
         "How a simulation divides data.train: iid; dirichlet over data.partition-column; column: one client per "
@@ -76,7 +86,7 @@ class DataConfig:
         choices=("iid", "dirichlet", "column", "files"),
     )
     dirichlet_alpha: float = setting(0.5, "Concentration per label, as in Flower: 0.1 is skewed, 100 is even.", above=0)
-    partition_column: str = setting("", "Column for dirichlet and column; empty: the answer column (multiple-choice).")
+    partition_column: str = setting("", "Column for dirichlet and column; empty: the answer or label column.")
     max_length: int = setting(256, "Longest example in tokens; longer ones are cut.", minimum=8)
     max_train_examples: int = setting(
         0, "At most this many training examples in all, before they are divided; 0: all.", minimum=0
@@ -265,11 +275,18 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     @property
+    def label_column(self) -> str:
+        """The column of what is to be predicted, by which a simulation divides the data; empty where there is none."""
+        return self.columns.get("answer") or self.columns.get("label", "")
+
+    @property
     def columns(self) -> dict[str, str]:
         """The data's column for each field of the task."""
         if self.task.name == "causal-lm":
             return {"text": self.data.text_column}
         data = self.data
+        if self.task.name == "classification":
+            return {"text": data.text_column, "label": data.label_column}
         return {"question": data.question_column, "choices": data.choices_column, "answer": data.answer_column}
 
 
@@ -311,13 +328,16 @@ def parse_run_config(flat: Mapping[str, object]) -> RunConfig:
     if trained.get(config.tuning.placement) == 0:
         side = config.tuning.placement
         raise ConfigError(f"tuning.placement={side!r} but offsite.{side}-blocks is 0: nothing would train.")
+    if config.task.name == "classification":
+        parse_label_words(config.task.label_words)
+        check_prompt(config.task.prompt)
     if config.privacy.mode == "example" and config.task.name == "causal-lm":
         raise ConfigError(
             "privacy.mode='example' does not go with task.name='causal-lm': it joins records and cuts them into "
             "windows, so that no single example is one person's record. Use a task with one example a record."
         )
     by_column = config.data.partitioner in ("dirichlet", "column")
-    if by_column and not config.data.partition_column and "answer" not in config.columns:
+    if by_column and not config.data.partition_column and not config.label_column:
         raise ConfigError(
             f"data.partitioner={config.data.partitioner!r} needs data.partition-column: {config.task.name} has no "
             "answer column to divide by."

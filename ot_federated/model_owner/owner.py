@@ -72,7 +72,14 @@ def prepare(config: RunConfig, run: RunDirectory) -> Owner:
     say("loading %s in %s on %s", config.model.source, str(dtype).removeprefix("torch."), device)
     model, tokenizer = load_full_model(config.model.source, revision=config.model.revision, dtype=dtype, device=device)
     check_positions(model.config, max_length=config.data.max_length)
-    task = build_task(config.task.name, tokenizer, columns=columns, max_length=config.data.max_length)
+    task = build_task(
+        config.task.name,
+        tokenizer,
+        columns=columns,
+        max_length=config.data.max_length,
+        label_words=config.task.label_words,
+        prompt=config.task.prompt,
+    )
     offsite = config.offsite
     bundle, manifest = prepare_bundle(
         model,
@@ -155,6 +162,6 @@ def bundle_recipe(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
         "model": model_fingerprint(config.model.source, revision=config.model.revision),
         "dtype": str(dtype),
         "offsite": asdict(config.offsite),
-        "task": {"name": config.task.name, "columns": config.columns, "max_length": config.data.max_length},
+        "task": {**asdict(config.task), "columns": config.columns, "max_length": config.data.max_length},
         "public_text": [file_sha256(path) for path in list_files(source)] if is_local_source(source) else source,
     }

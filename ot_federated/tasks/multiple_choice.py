@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 num_questions_per_batch = 16
+default_prompt = "Question: {text}\nAnswer:"
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,14 @@ class MultipleChoice:
         question_column: str = "question",
         choices_column: str = "choices",
         answer_column: str = "answer",
+        prompt: str = default_prompt,
         max_length: int = 256,
     ) -> None:
         self.tokenizer = tokenizer
         self.question_column = question_column
         self.choices_column = choices_column
         self.answer_column = answer_column
+        self.prompt = prompt
         self.max_length = max_length
 
     def encode(self, rows: Iterable[Row]) -> list[Example]:
@@ -141,7 +144,7 @@ class MultipleChoice:
         return answer
 
     def _tokenise(self, question: Question) -> TokenisedQuestion:
-        context_text = f"Question: {question.text}\nAnswer:"
+        context_text = self.prompt.replace("{text}", question.text)
         context = self._ids(context_text)
         wholes = [self._ids(f"{context_text} {choice.strip()}") for choice in question.choices]
         # Where a tokenizer merges across the border, the context ends before the first token that differs.
