@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ot_federated.config import TrainConfig
 from ot_federated.tasks.base import Example
 from ot_federated.tasks.language_model import example_losses, num_tokens
 
@@ -24,6 +25,37 @@ if TYPE_CHECKING:
 
 # Enough for little padding, few enough that a batch is still a random draw of the epoch.
 num_batches_sorted_together = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """AdamW, the schedule of its learning rate, and the pull towards the start.
+
+    Attributes:
+        learning_rate: Peak learning rate.
+        lr_schedule: ``linear``, ``cosine`` or ``constant``.
+        warmup_fraction: Share of all steps of all rounds that warms up.
+        weight_decay: Decoupled weight decay.
+        proximal_mu: Adds ``mu/2 ||w - w_start||^2`` (Li et al., "Federated Optimization in Heterogeneous
+            Networks", 2020, https://arxiv.org/abs/1812.06127, equation 2), by its gradient.
+    """
+
+    learning_rate: float
+    lr_schedule: str
+    warmup_fraction: float
+    weight_decay: float
+    proximal_mu: float = 0.0
+
+
+def build_optimizer_settings(config: TrainConfig) -> OptimizerSettings:
+    """Return what the run config says of the optimizer."""
+    return OptimizerSettings(
+        learning_rate=config.learning_rate,
+        lr_schedule=config.lr_schedule,
+        warmup_fraction=config.warmup_fraction,
+        weight_decay=config.weight_decay,
+        proximal_mu=config.proximal_mu,
+    )
 
 
 @dataclass(frozen=True)
@@ -114,10 +146,8 @@ class MasterWeights:
         model: The model, on its device.
         parameters: What trains, by name. They get memory of their own.
         start: fp32 start values by the same names; the parameters' own values where absent.
-        learning_rate: Peak learning rate.
-        weight_decay: Decoupled weight decay.
+        optimizer: How they move. The proximal gradient is added after clipping.
         max_grad_norm: Clip the gradient's norm to this; 0 for no clipping.
-        proximal_mu: Weight of the proximal term, see ``train``. Its gradient is added after clipping.
     """
 
     def __init__(
@@ -126,24 +156,24 @@ class MasterWeights:
         parameters: Mapping[str, nn.Parameter],
         *,
         start: Mapping[str, torch.Tensor] | None,
-        learning_rate: float,
-        weight_decay: float,
+        optimizer: OptimizerSettings,
         max_grad_norm: float,
-        proximal_mu: float,
     ) -> None:
         self._targets = dict(parameters)
         values = [parameters[name].detach() if start is None else start[name] for name in parameters]
         self._masters = [value.to(device=model.device, dtype=torch.float32, copy=True) for value in values]
-        self._anchors = [master.clone() for master in self._masters] if proximal_mu else []
+        self._anchors = [master.clone() for master in self._masters] if optimizer.proximal_mu else []
         for target, master in zip(self._targets.values(), self._masters, strict=True):
             # Memory of its own: a parameter from a bundle is a view of a file that other processes read too.
             target.data = master.to(target.dtype, copy=True)
         self._optimizer = torch.optim.AdamW(
-            self._masters, lr=learning_rate, weight_decay=weight_decay, fused=model.device.type in ("cpu", "cuda")
+            self._masters,
+            lr=optimizer.learning_rate,
+            weight_decay=optimizer.weight_decay,
+            fused=model.device.type in ("cpu", "cuda"),
         )
-        self._learning_rate = learning_rate
+        self._settings = optimizer
         self._max_grad_norm = max_grad_norm
-        self._proximal_mu = proximal_mu
 
     def step(self, gradients: Sequence[torch.Tensor | None], *, rate_factor: float) -> None:
         """Take one step along ``gradients`` (None for zero) at ``rate_factor`` times the peak learning rate."""
@@ -152,8 +182,8 @@ class MasterWeights:
         if self._max_grad_norm:
             nn.utils.clip_grad_norm_(self._masters, self._max_grad_norm)
         for master, anchor in zip(self._masters, self._anchors, strict=False):
-            master.grad.add_(master.detach() - anchor, alpha=self._proximal_mu)  # type: ignore[union-attr]  # set above
-        self._optimizer.param_groups[0]["lr"] = self._learning_rate * rate_factor
+            master.grad.add_(master.detach() - anchor, alpha=self._settings.proximal_mu)  # type: ignore[union-attr]  # set above
+        self._optimizer.param_groups[0]["lr"] = self._settings.learning_rate * rate_factor
         self._optimizer.step()
         with torch.no_grad():
             for target, master in zip(self._targets.values(), self._masters, strict=True):
@@ -174,12 +204,8 @@ def train(
     first_step: int = 0,
     num_steps: int,
     total_steps: int,
-    learning_rate: float,
-    lr_schedule: str,
-    warmup_fraction: float,
-    weight_decay: float,
+    optimizer: OptimizerSettings,
     max_grad_norm: float,
-    proximal_mu: float = 0.0,
     on_step: Callable[[StepReport], None] | None = None,
 ) -> TrainingResult:
     """Train ``parameters`` of the model, in place, and return them in fp32.
@@ -193,24 +219,11 @@ def train(
         first_step: Position of the first step in the learning-rate schedule.
         num_steps: Steps to take.
         total_steps: Length of the schedule.
-        learning_rate: Peak learning rate.
-        lr_schedule: ``linear``, ``cosine`` or ``constant``.
-        warmup_fraction: Share of ``total_steps`` that warms up.
-        weight_decay: Decoupled weight decay.
+        optimizer: How the weights move.
         max_grad_norm: Clip the gradient's norm to this; 0 for no clipping.
-        proximal_mu: Adds ``mu/2 ||w - w_start||^2`` (Li et al., "Federated Optimization in Heterogeneous
-            Networks", 2020, https://arxiv.org/abs/1812.06127, equation 2), by its gradient.
         on_step: Called after every step.
     """
-    masters = MasterWeights(
-        model,
-        parameters,
-        start=start,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        proximal_mu=proximal_mu,
-    )
+    masters = MasterWeights(model, parameters, start=start, optimizer=optimizer, max_grad_norm=max_grad_norm)
     targets = list(parameters.values())
     model.requires_grad_(False).train()
     for target in targets:
@@ -221,7 +234,10 @@ def train(
         loss = example_losses(model, batch)[0].mean()
         loss.backward()
         factor = scale_learning_rate(
-            first_step + step, num_steps=total_steps, schedule=lr_schedule, warmup_fraction=warmup_fraction
+            first_step + step,
+            num_steps=total_steps,
+            schedule=optimizer.lr_schedule,
+            warmup_fraction=optimizer.warmup_fraction,
         )
         masters.step([target.grad for target in targets], rate_factor=factor)
         for target in targets:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from ot_federated.data_owner.policy import Policy
     from ot_federated.tasks.base import Example
-    from ot_federated.training import StepReport
+    from ot_federated.training import OptimizerSettings, StepReport
     from ot_federated.tuning import Tuning
 
 seconds_between_lines = 10.0
@@ -150,7 +150,7 @@ class Assignment:
     server_round: int
     run: str
     update_dtype: str
-    proximal_mu: float
+    optimizer: OptimizerSettings
     policy: Policy
 
 
@@ -167,6 +167,7 @@ def read_assignment(message: Message, context: Context, directory: Path) -> Assi
     from ot_federated.data_owner.policy import default_policy, load_policy
     from ot_federated.devices import choose_device
     from ot_federated.tasks.registry import build_task
+    from ot_federated.training import build_optimizer_settings
     from ot_federated.tuning import build_tuning
 
     record, config = config_of(message), parse_run_config(context.run_config)
@@ -182,13 +183,20 @@ def read_assignment(message: Message, context: Context, directory: Path) -> Assi
         source=config.data.train,
         columns=list(columns.values()),
         partitioner=config.data.partitioner,
-        partition_column=config.data.partition_column or columns.get("answer", ""),
+        partition_column=config.data.partition_column or config.label_column,
         dirichlet_alpha=config.data.dirichlet_alpha,
         max_train_examples=config.data.max_train_examples,
         seed=config.seed,
     )
     tokenizer = load_tokenizer_once(str(directory))
-    task = build_task(config.task.name, tokenizer, columns=columns, max_length=config.data.max_length)
+    task = build_task(
+        config.task.name,
+        tokenizer,
+        columns=columns,
+        max_length=config.data.max_length,
+        label_words=config.task.label_words,
+        prompt=config.task.prompt,
+    )
     examples = task.encode(rows)
     if not examples:
         raise DataError("This client's shard has no example to train on: give it more data, or use fewer clients.")
@@ -206,7 +214,10 @@ def read_assignment(message: Message, context: Context, directory: Path) -> Assi
         server_round=int_field(record, "server-round"),
         run=text_field(record, "run"),
         update_dtype=dtype,
-        proximal_mu=float(proximal_mu) if isinstance(proximal_mu, (int, float)) else 0.0,
+        optimizer=replace(
+            build_optimizer_settings(config.train),
+            proximal_mu=float(proximal_mu) if isinstance(proximal_mu, (int, float)) else 0.0,
+        ),
         policy=load_policy(Path(str(policy_file)).expanduser()) if policy_file else default_policy(),
     )
 
@@ -252,12 +263,8 @@ def run_plain_round(work: Assignment) -> tuple[ArrayRecord, dict[str, int | floa
         batch_size=config.train.batch_size,
         local_epochs=config.train.local_epochs,
         max_steps=config.train.max_steps,
-        learning_rate=config.train.learning_rate,
-        lr_schedule=config.train.lr_schedule,
-        warmup_fraction=config.train.warmup_fraction,
-        weight_decay=config.train.weight_decay,
+        optimizer=work.optimizer,
         max_grad_norm=config.train.max_grad_norm,
-        proximal_mu=work.proximal_mu,
         seed=config.seed,
         on_step=progress_line(work.client, work.server_round, config),
     )
@@ -311,11 +318,7 @@ def run_private_round(work: Assignment, context: Context) -> tuple[ArrayRecord, 
         num_rounds=config.num_server_rounds,
         batch_size=config.train.batch_size,
         num_steps=num_steps,
-        learning_rate=config.train.learning_rate,
-        lr_schedule=config.train.lr_schedule,
-        warmup_fraction=config.train.warmup_fraction,
-        weight_decay=config.train.weight_decay,
-        proximal_mu=work.proximal_mu,
+        optimizer=work.optimizer,
         encode=encode,
         on_step=progress_line(work.client, work.server_round, config),
     )

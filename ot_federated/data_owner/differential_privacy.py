@@ -25,7 +25,7 @@ from torch import nn
 from ot_federated.data_owner.per_example_gradients import PrivacyError, open_clipped_gradients
 from ot_federated.secure_random import SecureRandom
 from ot_federated.tasks.base import Example
-from ot_federated.training import MasterWeights, StepReport, TrainingResult, scale_learning_rate
+from ot_federated.training import MasterWeights, OptimizerSettings, StepReport, TrainingResult, scale_learning_rate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,13 +58,9 @@ def train_privately(
     clipping: str = "flat",
     engine: str = "hooks",
     micro_batch_size: int,
-    learning_rate: float,
-    lr_schedule: str,
-    warmup_fraction: float,
-    weight_decay: float,
+    optimizer: OptimizerSettings,
     first_step: int = 0,
     total_steps: int,
-    proximal_mu: float = 0.0,
     random: SecureRandom,
     on_step: Callable[[StepReport], None] | None = None,
 ) -> TrainingResult:
@@ -87,13 +83,9 @@ def train_privately(
         clipping: ``flat`` or ``automatic``.
         engine: ``hooks``, ``ghost`` or ``loop``.
         micro_batch_size: Most examples in the model at once; bounds the memory, does not change the result.
-        learning_rate: Peak learning rate.
-        lr_schedule: ``linear``, ``cosine`` or ``constant``.
-        warmup_fraction: Share of ``total_steps`` that warms up.
-        weight_decay: Decoupled weight decay.
+        optimizer: How the weights move along the noisy gradients.
         first_step: Position of the first step in the learning-rate schedule.
         total_steps: Length of the schedule.
-        proximal_mu: Weight of FedProx's proximal term.
         random: Draws batches and noise.
         on_step: Called after every step.
 
@@ -107,22 +99,17 @@ def train_privately(
         max_grad_norm=max_grad_norm,
     )
     divisor = sample_rate * len(examples)
-    masters = MasterWeights(
-        model,
-        parameters,
-        start=start,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        max_grad_norm=0.0,
-        proximal_mu=proximal_mu,
-    )
+    masters = MasterWeights(model, parameters, start=start, optimizer=optimizer, max_grad_norm=0.0)
     with open_clipped_gradients(model, parameters, engine=engine, micro_batch_size=micro_batch_size) as gradients:
         for step in range(num_steps):
             batch = [examples[index] for index in random.sample_indices(len(examples), sample_rate=sample_rate)]
             sums = gradients.sum(batch, max_grad_norm=max_grad_norm, clipping=clipping)
             noisy = add_noise(sums, noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm, random=random)
             factor = scale_learning_rate(
-                first_step + step, num_steps=total_steps, schedule=lr_schedule, warmup_fraction=warmup_fraction
+                first_step + step,
+                num_steps=total_steps,
+                schedule=optimizer.lr_schedule,
+                warmup_fraction=optimizer.warmup_fraction,
             )
             masters.step([total / divisor for total in noisy], rate_factor=factor)
             if on_step:

@@ -16,7 +16,7 @@ from torch import nn
 from ot_federated.bundle import read_manifest, read_tensors
 from ot_federated.emulated_model import load_emulated_model
 from ot_federated.tasks.base import Example
-from ot_federated.training import StepReport, TrainingResult, draw_batches, plan_round, train
+from ot_federated.training import OptimizerSettings, StepReport, TrainingResult, draw_batches, plan_round, train
 from ot_federated.tuning import Tuning, prepare_tuning, start_state
 
 if TYPE_CHECKING:
@@ -75,12 +75,8 @@ def fine_tune(
     batch_size: int,
     local_epochs: int,
     max_steps: int,
-    learning_rate: float,
-    lr_schedule: str,
-    warmup_fraction: float,
-    weight_decay: float,
+    optimizer: OptimizerSettings,
     max_grad_norm: float,
-    proximal_mu: float,
     seed: int,
     on_step: Callable[[StepReport], None] | None = None,
 ) -> TrainingResult:
@@ -101,12 +97,8 @@ def fine_tune(
         batch_size: Examples a step.
         local_epochs: Passes over the examples.
         max_steps: Most steps in this round; 0 for no limit.
-        learning_rate: Peak learning rate.
-        lr_schedule: ``linear``, ``cosine`` or ``constant``.
-        warmup_fraction: Share of all steps of all rounds that warms up.
-        weight_decay: Decoupled weight decay.
+        optimizer: How the weights move.
         max_grad_norm: Clip the gradient's norm to this; 0 for no clipping.
-        proximal_mu: Weight of FedProx's proximal term.
         seed: The run's seed.
         on_step: Called after every step.
     """
@@ -133,11 +125,7 @@ def fine_tune(
         first_step=first_step,
         num_steps=num_steps,
         total_steps=num_rounds * num_steps,
-        learning_rate=learning_rate,
-        lr_schedule=lr_schedule,
-        warmup_fraction=warmup_fraction,
-        weight_decay=weight_decay,
+        optimizer=optimizer,
         max_grad_norm=max_grad_norm,
-        proximal_mu=proximal_mu,
         on_step=on_step,
     )

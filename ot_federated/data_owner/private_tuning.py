@@ -26,7 +26,7 @@ from ot_federated.data_owner.privacy_self_check import check_per_example_gradien
 from ot_federated.privacy_accounting import calibrate_noise_multiplier
 from ot_federated.secure_random import SecureRandom
 from ot_federated.tasks.base import Example
-from ot_federated.training import StepReport, TrainingResult
+from ot_federated.training import OptimizerSettings, StepReport, TrainingResult
 from ot_federated.tuning import Tuning
 
 if TYPE_CHECKING:
@@ -93,11 +93,7 @@ def tune_privately(
     num_rounds: int,
     batch_size: int,
     num_steps: int,
-    learning_rate: float,
-    lr_schedule: str,
-    warmup_fraction: float,
-    weight_decay: float,
-    proximal_mu: float,
+    optimizer: OptimizerSettings,
     encode: Callable[[TrainingResult], Arrays],
     on_step: Callable[[StepReport], None] | None = None,
 ) -> tuple[Arrays, float]:
@@ -120,11 +116,7 @@ def tune_privately(
         num_rounds: Rounds of the run.
         batch_size: Expected batch: q = batch_size / examples.
         num_steps: Steps of this round.
-        learning_rate: Peak learning rate.
-        lr_schedule: ``linear``, ``cosine`` or ``constant``.
-        warmup_fraction: Share of all steps of all rounds that warms up.
-        weight_decay: Decoupled weight decay.
-        proximal_mu: Weight of FedProx's proximal term.
+        optimizer: How the weights move along the noisy gradients.
         encode: Turns the result into the arrays that leave.
         on_step: Called after every step.
 
@@ -179,13 +171,9 @@ def tune_privately(
         clipping=settings.clipping,
         engine=settings.engine,
         micro_batch_size=settings.micro_batch_size,
-        learning_rate=learning_rate,
-        lr_schedule=lr_schedule,
-        warmup_fraction=warmup_fraction,
-        weight_decay=weight_decay,
+        optimizer=optimizer,
         first_step=(server_round - 1) * num_steps,
         total_steps=num_rounds * num_steps,
-        proximal_mu=proximal_mu,
         random=SecureRandom(),
         on_step=on_step,
     )

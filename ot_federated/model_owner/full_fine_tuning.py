@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ot_federated.tasks.base import Example
-from ot_federated.training import StepReport, draw_batches, train
+from ot_federated.training import OptimizerSettings, StepReport, draw_batches, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,10 +23,7 @@ def fine_tune_full_model(
     *,
     num_steps: int,
     batch_size: int,
-    learning_rate: float,
-    lr_schedule: str,
-    warmup_fraction: float,
-    weight_decay: float,
+    optimizer: OptimizerSettings,
     max_grad_norm: float,
     seed: int,
     on_step: Callable[[StepReport], None] | None = None,
@@ -46,10 +43,7 @@ def fine_tune_full_model(
         ),
         num_steps=num_steps,
         total_steps=num_steps,
-        learning_rate=learning_rate,
-        lr_schedule=lr_schedule,
-        warmup_fraction=warmup_fraction,
-        weight_decay=weight_decay,
+        optimizer=optimizer,
         max_grad_norm=max_grad_norm,
         on_step=on_step,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from ot_federated.cache import atomic_write_text
@@ -21,7 +21,7 @@ from ot_federated.reporting.model_card import render_model_card
 from ot_federated.reporting.plots import plot_rounds
 from ot_federated.sources import draw_rows, load_table
 from ot_federated.tasks.base import Score
-from ot_federated.training import StepReport
+from ot_federated.training import StepReport, build_optimizer_settings
 
 if TYPE_CHECKING:
     import torch
@@ -60,16 +60,16 @@ def score_full_fine_tuning(owner: Owner, *, num_steps: int) -> Score:
     model, _ = load_full_model(
         config.model.source, revision=config.model.revision, dtype=owner.dtype, device=owner.device
     )
+    optimizer = replace(
+        build_optimizer_settings(config.train), learning_rate=config.evaluation.full_learning_rate, proximal_mu=0.0
+    )
     say("fine-tuning the full model for %d steps, as many as the clients took together", num_steps)
     fine_tune_full_model(
         model,
         owner.task.encode(rows),
         num_steps=num_steps,
         batch_size=config.train.batch_size,
-        learning_rate=config.evaluation.full_learning_rate,
-        lr_schedule=config.train.lr_schedule,
-        warmup_fraction=config.train.warmup_fraction,
-        weight_decay=config.train.weight_decay,
+        optimizer=optimizer,
         max_grad_norm=config.train.max_grad_norm,
         seed=config.seed,
         on_step=report_every(20),

@@ -17,7 +17,7 @@ from ot_federated.data_owner.partitioning import partition_indices
 from ot_federated.emulated_model import adapter_parameters, load_emulated_model
 from ot_federated.model_owner.plug_in import full_model_names
 from ot_federated.tasks.multiple_choice import MultipleChoice
-from ot_federated.training import draw_batches, train
+from ot_federated.training import OptimizerSettings, draw_batches, train
 from tests.families import build_family_model, byte_tokenizer
 from tests.federations import Federation, build_questions, is_train_reply, partition_of, run_federation, write_rows
 
@@ -50,10 +50,9 @@ def train_centrally(bundle: Path, *, client: str, num_rounds: int, seed: int = 0
             first_step=server_round * num_steps,
             num_steps=num_steps,
             total_steps=num_rounds * num_steps,
-            learning_rate=1e-3,
-            lr_schedule="linear",
-            warmup_fraction=0.1,
-            weight_decay=0.0,
+            optimizer=OptimizerSettings(
+                learning_rate=1e-3, lr_schedule="linear", warmup_fraction=0.1, weight_decay=0.0
+            ),
             max_grad_norm=1.0,
         )
         weights = result.weights

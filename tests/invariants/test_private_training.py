@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,19 +15,12 @@ from ot_federated.data_owner.differential_privacy import train_privately
 from ot_federated.data_owner.per_example_gradients import engine_names
 from ot_federated.secure_random import SecureRandom
 from ot_federated.tasks.base import Example
-from ot_federated.training import TrainingResult, train
+from ot_federated.training import OptimizerSettings, TrainingResult, train
 from tests.families import build_family_model
 
 num_steps = 5
-schedule: dict[str, Any] = {
-    "num_steps": num_steps,
-    "first_step": 1,
-    "total_steps": 8,
-    "learning_rate": 1e-3,
-    "lr_schedule": "cosine",
-    "warmup_fraction": 0.25,
-    "weight_decay": 0.1,
-}
+optimizer = OptimizerSettings(learning_rate=1e-3, lr_schedule="cosine", warmup_fraction=0.25, weight_decay=0.1)
+schedule: dict[str, Any] = {"num_steps": num_steps, "first_step": 1, "total_steps": 8}
 
 
 def build_examples() -> list[Example]:
@@ -53,6 +47,7 @@ def train_with_noise(model: Any, **others: Any) -> TrainingResult:
         "max_grad_norm": 0.5,
         "engine": "loop",
         "micro_batch_size": 4,
+        "optimizer": optimizer,
     }
     with pytest.warns(UserWarning, match="test_seed"):
         random = SecureRandom(test_seed=b"invariants")
@@ -72,8 +67,8 @@ def test_without_noise_and_clipping_it_is_plain_training(family: str, proximal_m
         examples,
         start=start,
         batches=iter([list(range(len(examples)))] * num_steps),
+        optimizer=replace(optimizer, proximal_mu=proximal_mu),
         max_grad_norm=0.0,
-        proximal_mu=proximal_mu,
         **schedule,
     )
     found = train_with_noise(
@@ -83,7 +78,7 @@ def test_without_noise_and_clipping_it_is_plain_training(family: str, proximal_m
         noise_multiplier=0.0,
         max_grad_norm=math.inf,
         engine=engine,
-        proximal_mu=proximal_mu,
+        optimizer=replace(optimizer, proximal_mu=proximal_mu),
     )
     # Together the steps move a weight by about 3e-3. AdamW divides a gradient by its own size, so where that is
     # near zero the last bits of the forward pass decide: a hundredth of the movement is allowed.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ot_federated.tasks.base import Example
-from ot_federated.training import train
+from ot_federated.training import OptimizerSettings, train
 from tests.families import build_family_model
 
 num_steps = 6
@@ -79,12 +79,14 @@ def test_training_is_plain_adamw(family: str, proximal_mu: float) -> None:
         batches=iter(batches),
         num_steps=num_steps,
         total_steps=num_steps,
-        learning_rate=1e-3,
-        lr_schedule="linear",
-        warmup_fraction=1 / 3,
-        weight_decay=0.1,
+        optimizer=OptimizerSettings(
+            learning_rate=1e-3,
+            lr_schedule="linear",
+            warmup_fraction=1 / 3,
+            weight_decay=0.1,
+            proximal_mu=proximal_mu,
+        ),
         max_grad_norm=1.0,
-        proximal_mu=proximal_mu,
         on_step=lambda step: reported.append(step.loss),
     )
     torch.testing.assert_close(torch.tensor(reported), torch.tensor(losses))

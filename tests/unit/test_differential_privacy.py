@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from ot_federated.data_owner.per_example_gradients import engine_names
 from ot_federated.secure_random import SecureRandom
 from ot_federated.tasks.base import Example
 from ot_federated.tasks.language_model import example_losses
-from ot_federated.training import MasterWeights, StepReport, TrainingResult
+from ot_federated.training import MasterWeights, OptimizerSettings, StepReport, TrainingResult
 from tests.families import build_family_model
 
 Fit = Callable[..., TrainingResult]
@@ -46,6 +47,7 @@ def build_examples(slopes: Sequence[int]) -> list[Example]:
     return [Example((slope, index), 1) for index, slope in enumerate(slopes)]
 
 
+optimizer = OptimizerSettings(learning_rate=0.01, lr_schedule="constant", warmup_fraction=0.0, weight_decay=0.0)
 settings: dict[str, Any] = {
     "num_steps": 1,
     "sample_rate": 0.5,
@@ -53,10 +55,7 @@ settings: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "engine": "loop",
     "micro_batch_size": 4,
-    "learning_rate": 0.01,
-    "lr_schedule": "constant",
-    "warmup_fraction": 0.0,
-    "weight_decay": 0.0,
+    "optimizer": optimizer,
     "total_steps": 1,
 }
 
@@ -245,7 +244,7 @@ def test_proximal_gradient_is_added_after_the_noise(seen: list[int], monkeypatch
             noise_multiplier=100.0,
             num_steps=2,
             total_steps=2,
-            proximal_mu=mu,
+            optimizer=replace(optimizer, proximal_mu=mu),
         )
     # sigma C / (q N) = 50, where a clip of the noisy sum would leave 1.
     assert float(gradients[0].norm()) > 20
@@ -264,7 +263,8 @@ def test_schedule_continues_at_the_first_step(seen: list[int], monkeypatch: pyte
         plain(self, gradients, rate_factor=rate_factor)
 
     monkeypatch.setattr(MasterWeights, "step", step)
-    fit(build_examples([1]), random=repeatable(), num_steps=2, first_step=2, total_steps=4, lr_schedule="linear")
+    linear = replace(optimizer, lr_schedule="linear")
+    fit(build_examples([1]), random=repeatable(), num_steps=2, first_step=2, total_steps=4, optimizer=linear)
     assert factors == [0.5, 0.25]
 
 

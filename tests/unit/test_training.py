@@ -16,7 +16,15 @@ from torch import nn
 
 from ot_federated import training
 from ot_federated.tasks.base import Example
-from ot_federated.training import StepReport, TrainingResult, draw_batches, plan_round, scale_learning_rate, train
+from ot_federated.training import (
+    OptimizerSettings,
+    StepReport,
+    TrainingResult,
+    draw_batches,
+    plan_round,
+    scale_learning_rate,
+    train,
+)
 
 LossFunction = Callable[[torch.Tensor], torch.Tensor]
 
@@ -40,21 +48,31 @@ def fit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., TrainingResult]:
 
     monkeypatch.setattr(training, "example_losses", losses)
 
-    def run(model: OneWeight, *, num_steps: int, learning_rate: float, **settings: Any) -> TrainingResult:
-        plain = {
-            "batches": iter(repeat([0], num_steps)),
-            "total_steps": num_steps,
-            "lr_schedule": "constant",
-            "warmup_fraction": 0.0,
-            "weight_decay": 0.0,
-            "max_grad_norm": 0.0,
-        }
+    def run(
+        model: OneWeight,
+        *,
+        num_steps: int,
+        learning_rate: float,
+        lr_schedule: str = "constant",
+        warmup_fraction: float = 0.0,
+        weight_decay: float = 0.0,
+        proximal_mu: float = 0.0,
+        **settings: Any,
+    ) -> TrainingResult:
+        plain = {"batches": iter(repeat([0], num_steps)), "total_steps": num_steps, "max_grad_norm": 0.0}
+        optimizer = OptimizerSettings(
+            learning_rate=learning_rate,
+            lr_schedule=lr_schedule,
+            warmup_fraction=warmup_fraction,
+            weight_decay=weight_decay,
+            proximal_mu=proximal_mu,
+        )
         return train(
             model,  # type: ignore[arg-type]
             {"w": model.weight},
             [Example((1, 2, 3), 1)],
             num_steps=num_steps,
-            learning_rate=learning_rate,
+            optimizer=optimizer,
             **(plain | settings),
         )
 
