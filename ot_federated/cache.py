@@ -25,6 +25,7 @@ if sys.platform != "win32":
     import fcntl
 
 cache_variable = "OT_FEDERATED_CACHE"
+state_variable = "XDG_STATE_HOME"
 partial_suffix = ".partial"
 full_disk = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 refused = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -38,6 +39,16 @@ def cache_root() -> Path:
     if shared := os.environ.get("XDG_CACHE_HOME"):
         return Path(shared).expanduser().absolute() / "ot-federated"
     return Path.home() / ".cache" / "ot-federated"
+
+
+def state_root() -> Path:
+    """Return where a data owner's records are: ``ot-federated`` in the user's state directory.
+
+    Never in the cache: a cache may be deleted at any time, and with it would go all knowledge of what was done.
+    """
+    if shared := os.environ.get(state_variable):
+        return Path(shared).expanduser().absolute() / "ot-federated"
+    return Path.home() / ".local" / "state" / "ot-federated"
 
 
 @contextmanager
@@ -127,6 +138,26 @@ def atomic_write_text(path: Path, data: str) -> None:
         OtFederatedError: If the disk is full or the directory may not be written.
     """
     atomic_write_bytes(path, data.encode())
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append ``line`` to ``path`` (created with its directory where missing) and return when it is on the disk.
+
+    Processes that append to one file take turns. A part of a line that a killed process left stays a line of its own.
+
+    Raises:
+        OtFederatedError: If the disk is full or the file may not be written.
+    """
+    with file_lock(path), explain_disk_errors(path), path.open("r+b") as stream:
+        is_new = not stream.seek(0, os.SEEK_END)
+        if not is_new:
+            stream.seek(-1, os.SEEK_END)
+        torn = not is_new and stream.read(1) != b"\n"
+        stream.write(("\n" if torn else "").encode() + line.encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+        if is_new:
+            _flush(path.parent)
 
 
 @contextmanager

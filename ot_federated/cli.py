@@ -11,10 +11,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ot_federated.commands import ledger
+from ot_federated.commands import ledger, trail
 from ot_federated.errors import OtFederatedError
 
-command_files = (ledger,)
+command_files = (ledger, trail)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,6 +27,7 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     root = tmp_path_factory.getbasetemp()
     monkeypatch.setenv("OT_FEDERATED_CACHE", str(root / "cache"))
     monkeypatch.setenv("OT_FEDERATED_LEDGERS", str(root / "ledgers"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(root / "state"))
     monkeypatch.setenv("OT_FEDERATED_BUNDLE_CACHE", str(root / "received-bundles"))
 
 

@@ -17,9 +17,11 @@ from flwr.clientapp import ClientApp
 
 from ot_federated.bundle_shards import shard_size
 from ot_federated.config import RunConfig, parse_run_config
+from ot_federated.data_owner.audit_trail import Notes
 from ot_federated.data_owner.bundle_cache import BundleCache
-from ot_federated.errors import DataError, OtFederatedError, ProtocolError
-from ot_federated.logs import logger, show_lines
+from ot_federated.data_owner.replies import client_name, reply_to
+from ot_federated.errors import DataError, ProtocolError
+from ot_federated.logs import logger
 from ot_federated.messages import (
     arrays_key,
     build_content,
@@ -46,36 +48,10 @@ seconds_between_lines = 10.0
 app = ClientApp()
 
 
-def client_name(context: Context) -> str:
-    """Return this client's name: node config ``name``, ``client-<partition>`` in a simulation, else its node id."""
-    if name := context.node_config.get("name"):
-        return str(name)
-    partition = context.node_config.get("partition-id")
-    return f"client-{partition:04d}" if isinstance(partition, int) else f"node-{context.node_id}"
-
-
 def open_cache(context: Context) -> BundleCache:
     """Return the bundle cache of node config ``cache-dir``, or the default one."""
     directory = context.node_config.get("cache-dir")
     return BundleCache(Path(str(directory)).expanduser() if directory else None)
-
-
-def reply_to(message: Message, build: Callable[[], RecordDict]) -> Message:
-    """Return the reply that ``build`` makes; an error becomes a reply that says why.
-
-    Our own errors are written for strangers to read. The text of any other could quote private data: it goes to
-    this side's log, and only its type leaves.
-    """
-    show_lines()
-    try:
-        return Message(build(), reply_to=message)
-    except OtFederatedError as error:
-        logger.warning("%s: %s", type(error).__name__, error)
-        reason = str(error) if error.may_leave else f"{type(error).__name__}; the client's log has the details"
-    except Exception as error:
-        logger.exception("the message could not be handled")
-        reason = f"{type(error).__name__}; the client's log has the details"
-    return Message(build_content({"status": "error", "reason": reason}), reply_to=message)
 
 
 @app.query("hello")
@@ -100,7 +76,7 @@ def hello(message: Message, context: Context) -> Message:
             }
         )
 
-    return reply_to(message, build)
+    return reply_to(message, context, build)
 
 
 @app.query("shard")
@@ -118,21 +94,22 @@ def shard(message: Message, context: Context) -> Message:
             cache.receive(digest, index, data, shard_bytes=shard_bytes, sha256=text_field(record, "shard-sha256"))
         return build_content({"status": "ok", "shard-index": index})
 
-    return reply_to(message, build)
+    return reply_to(message, context, build)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Tune the adapter for one round and reply with its update."""
+    notes = Notes()
 
     def build() -> RecordDict:
         digest = text_field(config_of(message), "bundle-digest")
         directory = open_cache(context).find(digest)
         if directory is None:
             return build_content({"status": "bundle-missing", "bundle-digest": digest})
-        return tune(message, context, directory)
+        return tune(message, context, directory, notes)
 
-    return reply_to(message, build)
+    return reply_to(message, context, build, notes=notes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,12 +199,12 @@ def read_assignment(message: Message, context: Context, directory: Path) -> Assi
     )
 
 
-def tune(message: Message, context: Context, directory: Path) -> RecordDict:
+def tune(message: Message, context: Context, directory: Path, notes: Notes) -> RecordDict:
     """Train on the local data, with privacy where the run or the data owner wants it, and build the reply."""
     began = time.monotonic()
     work = read_assignment(message, context, directory)
     private = work.config.privacy.mode == "example"
-    arrays, metrics = run_private_round(work, context) if private else run_plain_round(work)
+    arrays, metrics = run_private_round(work, context, notes) if private else run_plain_round(work)
     metrics["seconds"] = time.monotonic() - began
     # Under privacy a client's weight is constant: the number of its examples is not part of what it releases.
     weight = {"num-examples": 1 if private else len(work.examples)}
@@ -276,7 +253,7 @@ def run_plain_round(work: Assignment) -> tuple[ArrayRecord, dict[str, int | floa
     return encode_update(result.weights, work.adapter, dtype=work.update_dtype), metrics
 
 
-def run_private_round(work: Assignment, context: Context) -> tuple[ArrayRecord, dict[str, int | float]]:
+def run_private_round(work: Assignment, context: Context, notes: Notes) -> tuple[ArrayRecord, dict[str, int | float]]:
     """Tune by DP-SGD under the data owner's policy and ledger; return the update and what the owner may tell."""
     from ot_federated.data_owner.private_tuning import PrivacySettings, tune_privately
     from ot_federated.training import TrainingResult, plan_round
@@ -293,7 +270,7 @@ def run_private_round(work: Assignment, context: Context) -> tuple[ArrayRecord, 
         record = encode_update(result.weights, work.adapter, dtype=work.update_dtype)
         return {name: array.numpy() for name, array in record.items()}
 
-    arrays, epsilon = tune_privately(
+    arrays, notes.epsilon = tune_privately(
         work.directory,
         work.adapter,
         work.examples,
@@ -323,7 +300,7 @@ def run_private_round(work: Assignment, context: Context) -> tuple[ArrayRecord, 
         on_step=progress_line(work.client, work.server_round, config),
     )
     record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
-    return record, {"num-steps": num_steps, "epsilon": epsilon}
+    return record, {"num-steps": num_steps, "epsilon": notes.epsilon}
 
 
 def progress_line(name: str, server_round: int, config: RunConfig) -> Callable[[StepReport], None]:

@@ -40,7 +40,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ot_federated.cache import atomic_write_bytes, explain_disk_errors, file_lock, partial_suffix
+from ot_federated.cache import atomic_write_bytes, explain_disk_errors, file_lock, partial_suffix, state_root
 from ot_federated.data_owner.ledger_entries import (
     Entry,
     Head,
@@ -75,9 +75,7 @@ def ledger_root() -> Path:
     """
     if own := os.environ.get(root_variable):
         return Path(own).expanduser().absolute()
-    if shared := os.environ.get("XDG_STATE_HOME"):
-        return Path(shared).expanduser().absolute() / "ot-federated" / "ledgers"
-    return Path.home() / ".local" / "state" / "ot-federated" / "ledgers"
+    return state_root() / "ledgers"
 
 
 def list_ledgers(root: Path) -> list[str]:
