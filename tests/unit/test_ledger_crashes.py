@@ -10,9 +10,7 @@ import pytest
 
 from ot_federated.data_owner import privacy_ledger
 from ot_federated.data_owner.ledger_entries import LedgerError, Release
-from ot_federated.data_owner.privacy_ledger import (
-    PrivacyLedger,
-)
+from ot_federated.data_owner.privacy_ledger import PrivacyLedger
 from ot_federated.errors import OtFederatedError
 from tests.ledgers import delta, lines_of, plan, release
 
