@@ -203,7 +203,8 @@ class PrivacyLedger:
         if delta * release.num_examples >= 1:
             raise ConfigError(
                 f"delta={delta:g} is not below 1 over this client's number of examples: such a delta would allow to "
-                "publish a whole example. Use a smaller delta, or more data."
+                "publish a whole example. Nothing was trained or spent. Set a smaller delta in the data owner's policy "
+                "file, and privacy.target-delta to at most that."
             )
         if not budget_epsilon > 0:
             raise ConfigError(f"The privacy budget epsilon={budget_epsilon} must be above 0.")

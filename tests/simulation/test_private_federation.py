@@ -10,7 +10,6 @@ import pytest
 from ot_federated.cli import main as command_line
 from ot_federated.data_owner.privacy_ledger import PrivacyLedger, ledger_root, list_ledgers
 from ot_federated.privacy_accounting import Mechanism, epsilon_of
-from strategies.offsite_tuning import AggregationError
 from tests.federations import prepare_federation
 
 delta = 1e-5
@@ -71,39 +70,6 @@ def test_nothing_of_the_data_but_the_noised_update_leaves(tmp_path: Path, llama_
         assert dict(metrics) == {"num-examples": 1, "num-steps": 3}
         (config,) = reply.content.config_records.values()
         assert set(config) == {"wire-version", "status", "bundle-digest", "server-round"}
-
-
-def test_a_spent_budget_ends_the_run_with_the_reason(tmp_path: Path, llama_directory: Path) -> None:
-    policy = tmp_path / "policy.toml"
-    policy.write_text("max-epsilon = 4.0\n")
-    run(start(tmp_path / "first", llama_directory, node_config={"policy": str(policy)}))
-    again = start(tmp_path / "second", llama_directory, node_config={"policy": str(policy)})
-    with pytest.raises(AggregationError, match="over its budget of 4"):
-        run(again)
-    assert "Nothing was trained or spent" in (again.output / "failure.txt").read_text()
-    assert sum(len(PrivacyLedger.open(ledger_root(), dataset_id=d).entries) for d in list_ledgers(ledger_root())) == 4
-
-
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"privacy.mode": "none"}, "require-privacy"),
-        ({"privacy.noise-multiplier": 0.1}, "min-noise-multiplier"),
-        ({"privacy.max-grad-norm": 50.0}, "max-grad-norm"),
-        ({"train.batch-size": 12}, "max-sample-rate"),
-        ({"num-server-rounds": 200}, "max-rounds"),
-        ({"privacy.target-epsilon": 100.0}, "max-epsilon"),
-    ],
-)
-def test_a_server_cannot_weaken_what_the_policy_demands(
-    settings: dict[str, object], reason: str, tmp_path: Path, llama_directory: Path
-) -> None:
-    policy = tmp_path / "policy.toml"
-    policy.write_text("max-epsilon = 8.0\n")
-    federation = start(tmp_path, llama_directory, settings=settings, node_config={"policy": str(policy)})
-    with pytest.raises(AggregationError, match=reason):
-        run(federation)
-    assert list_ledgers(ledger_root()) == []
 
 
 def test_a_round_asked_for_twice_costs_nothing_and_shows_nothing_new(tmp_path: Path, llama_directory: Path) -> None:
