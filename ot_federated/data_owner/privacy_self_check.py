@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Allowed relative error of the clipped sum, and excess of one example's influence over C, by the model's type.
-# float32: rounding is 1e-6. bfloat16: attention takes another path through the hardware when a batch has padding,
-# which moves a gradient by 1-4 % of itself; C is exceeded by 0.2 % where dropping an example removes all padding.
-# The mistakes that this must find are above 20 %.
-error_tolerances = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+# float32: rounding is 1e-6 in a tame model; in SmolLM2-135M, whose activations are large, even a single example's
+# gradient is 3e-4 off that in float64, the sum 1.6e-4 off the loop's, and C is exceeded by 2e-6. bfloat16: attention
+# takes another path through the hardware when a batch has padding, which moves a gradient by 1-4 % of itself; C is
+# exceeded by 0.2 % where dropping an example removes all padding. The mistakes that this must find are above 20 %.
+error_tolerances = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 influence_tolerances = {torch.float32: 1e-5, torch.bfloat16: 0.01, torch.float16: 2e-3}
 
 # Short ones for speed; unequal for losses that share a mean; two of a length, so that dropping the long one
@@ -91,7 +92,7 @@ def check_per_example_gradients(
         ):
             found = [_measure(gradients, examples, singles, max_grad_norm=bound, clipping=clipping) for bound in bounds]
     measured = SelfCheck(max_error=max(f.max_error for f in found), max_influence=max(f.max_influence for f in found))
-    _judge(model, parameters, measured, engine=engine)
+    judge(model, parameters, measured, engine=engine)
     return measured
 
 
@@ -133,7 +134,12 @@ def _refused(model: PreTrainedModel, *, engine: str) -> Iterator[None]:
         ) from error
 
 
-def _judge(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter], measured: SelfCheck, *, engine: str) -> None:
+def judge(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter], measured: SelfCheck, *, engine: str) -> None:
+    """Tell rounding from mistakes.
+
+    Raises:
+        PrivacyError: If what was measured is beyond what the model's type explains.
+    """
     dtype = next(iter(parameters.values())).dtype
     remedies = {"loop": "Set model.dtype=float32, or use another model."}
     remedy = remedies.get(

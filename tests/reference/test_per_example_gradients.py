@@ -22,7 +22,7 @@ from ot_federated.data_owner.per_example_gradients import (
     engine_names,
     open_clipped_gradients,
 )
-from ot_federated.data_owner.privacy_self_check import check_per_example_gradients
+from ot_federated.data_owner.privacy_self_check import SelfCheck, check_per_example_gradients, judge
 from ot_federated.errors import ConfigError
 from ot_federated.tasks.base import Example
 from ot_federated.tasks.language_model import example_losses
@@ -248,6 +248,24 @@ def test_self_check_leaves_the_model(engine: str) -> None:
     assert found.max_error < 1e-5
     assert abs(found.max_influence - 1) < 1e-5
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("max_error", "max_influence", "allowed"),
+    [
+        (1.7e-4, 1 + 2.5e-6, True),  # SmolLM2-135M in float32: rounding, as float64 shows
+        (2e-3, 1.0, False),
+        (0.0, 1 + 2e-5, False),
+        (math.nan, 1.0, False),
+        (0.0, math.nan, False),
+        (0.2, 0.5, False),  # the least of the mistakes below
+    ],
+)
+def test_rounding_is_told_from_mistakes(max_error: float, max_influence: float, allowed: bool) -> None:
+    model = build_family_model("llama")
+    measured = SelfCheck(max_error=max_error, max_influence=max_influence)
+    with contextlib.nullcontext() if allowed else pytest.raises(PrivacyError, match=r"Set privacy\.engine=loop"):
+        judge(model, trained_part(model), measured, engine="hooks")
 
 
 def use_weight_functionally(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
