@@ -110,8 +110,10 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def atomic_write_bytes(path: Path, data: bytes) -> None:
+def atomic_write_bytes(path: Path, data: bytes, *, mode: int | None = None) -> None:
     """Write ``data`` to ``path`` (its directory is created): whole or, after any failure, not at all.
+
+    The user's umask decides who may read it, unless ``mode`` is given.
 
     Raises:
         OtFederatedError: If the disk is full or the directory may not be written.
@@ -125,6 +127,8 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
+            if mode is not None:
+                partial.chmod(mode)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

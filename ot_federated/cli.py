@@ -2,7 +2,8 @@
 
 Each command is a file of :mod:`ot_federated.commands` with a function ``add_commands`` that takes the subparsers,
 adds its own, and sets ``run`` to a function from the parsed arguments to an exit code. What a command needs is
-imported when it runs, so that ``--help`` is quick.
+imported when it runs, so that ``--help`` is quick. A command that hands options on to another program has the default
+``rest``, and finds there what it did not know.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ot_federated.commands import ledger, trail
+from ot_federated.commands import approve, ledger, supernode, trail
 from ot_federated.errors import OtFederatedError
 
-command_files = (ledger, trail)
+command_files = (approve, ledger, supernode, trail)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 for success, 1 for an error, 2 for a wrong command."""
     parser = build_parser()
-    parsed = parser.parse_args(arguments)
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and "rest" not in parsed:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    parsed.rest = rest
     try:
         code: int = parsed.run(parsed)
     except OtFederatedError as error:

@@ -133,3 +133,12 @@ def test_help_is_quick_and_the_module_runs():
     command = [sys.executable, "-m", "ot_federated.cli", "ledger", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "verify" in result.stdout
+
+
+def test_only_commands_that_hand_options_on_take_unknown_ones(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["trail", "show", "--superlink", "x"])
+    assert stopped.value.code == 2
+    assert "unrecognized arguments: --superlink x" in capsys.readouterr().err
+    assert main(["supernode", "--superlink", "x", "--insecure", "--allow-runtime-dependency-installation"]) == 1
+    assert "packages that nobody approved" in capsys.readouterr().err
