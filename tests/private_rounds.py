@@ -90,7 +90,7 @@ class PrivateClient:
         """Do one round, with ``settings`` in place of the client's own; return what leaves, and epsilon in all."""
         tuning = Tuning()
         examples = build_examples(self.num_examples)
-        return tune_privately(
+        arrays, guarantee = tune_privately(
             self.bundle,
             load_model_once(str(self.bundle), "cpu", tuning).reference,
             examples,
@@ -113,6 +113,7 @@ class PrivateClient:
             encode=as_arrays,
             on_step=on_step,
         )
+        return arrays, guarantee.epsilon
 
 
 def as_arrays(result: TrainingResult) -> dict[str, np.ndarray[Any, Any]]:

@@ -89,7 +89,7 @@ def choose_ledgers(parsed: argparse.Namespace) -> list[PrivacyLedger]:
 
 def describe_ledger(ledger: PrivacyLedger, *, delta: float | None, num_rows: int) -> str:
     """Return a table of the last ``num_rows`` entries (0: all), each with epsilon of everything up to it."""
-    from ot_federated.data_owner.ledger_entries import adjacency, sampling, unit
+    from ot_federated.data_owner.ledger_entries import describe_epsilon
     from ot_federated.privacy_accounting import epsilon_of
 
     entries = ledger.entries
@@ -104,8 +104,8 @@ def describe_ledger(ledger: PrivacyLedger, *, delta: float | None, num_rows: int
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(
         [
-            f"data set {ledger.dataset_id}: {len(entries)} entries, epsilon {epsilons[-1]:.4f} at delta "
-            f"{shown_delta:g} (unit: {unit}, adjacency: {adjacency}, sampling: {sampling})",
+            f"data set {ledger.dataset_id}: {len(entries)} entries, "
+            f"{describe_epsilon(epsilons[-1], delta=shown_delta)}",
             *lines,
         ]
     )

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ot_federated.commands.base import Subparsers
     from ot_federated.data_owner.audit_trail import Entry
 
-columns = ("time (UTC)", "run", "round", "client", "message", "status", "arrays", "bytes", "epsilon", "sha256")
+columns = ("time (UTC)", "run", "round", "client", "message", "status", "arrays", "bytes", "epsilon", "delta", "sha256")
 
 
 def add_commands(subparsers: Subparsers) -> None:
@@ -41,6 +41,8 @@ def show_trail(parsed: argparse.Namespace) -> int:
         entries = [entry for entry in entries if parsed.run_id in (entry.flower_run, entry.run)]
     num_bytes = sum(entry.content.num_bytes for entry in entries)
     write_out(f"{path}: {len(entries)} messages answered, {num_bytes:,} bytes left")
+    if guarantees := [entry.guarantee for entry in entries if entry.guarantee]:
+        write_out(f"last guarantee, for everything that ever left its data set: {guarantees[-1]}")
     for damaged in (line for line in lines if isinstance(line, str)):
         write_out(f"  {damaged}")
     shown = entries[-parsed.last :] if parsed.last else entries
@@ -68,7 +70,8 @@ def _cells(entry: Entry) -> tuple[str, ...]:
         entry.status,
         str(content.num_arrays),
         f"{content.num_bytes:,}",
-        unbounded if entry.epsilon is None else f"{entry.epsilon:.4f}",
+        unbounded if entry.guarantee is None else f"{entry.guarantee.epsilon:.4f}",
+        "" if entry.guarantee is None else f"{entry.guarantee.delta:g}",
         content.sha256[:12],
     )
     return tuple(map(_printable, cells))

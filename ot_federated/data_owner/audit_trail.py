@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from ot_federated.cache import append_line, state_root
-from ot_federated.errors import OtFederatedError
+from ot_federated.errors import ConfigError, OtFederatedError
+from ot_federated.privacy_guarantee import Guarantee
 
 trail_variable = "OT_FEDERATED_TRAIL"
 trail_key = "trail"
@@ -38,10 +39,10 @@ class Notes:
     """What the trail tells beside the reply itself.
 
     Attributes:
-        epsilon: Of everything that ever left the data set, this reply included; None where it has no such figure.
+        guarantee: For everything that ever left the data set, this reply included; None where there is none.
     """
 
-    epsilon: float | None = None
+    guarantee: Guarantee | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ class Entry:
         status: ``ok``, ``error`` or another status of the reply; ``refused`` where no code of the run was run.
         reason: The reason that left with a refusal or an error.
         content: What left.
-        epsilon: See :class:`Notes`.
+        guarantee: See :class:`Notes`.
         time: When, in UTC.
     """
 
@@ -88,7 +89,7 @@ class Entry:
     status: str
     reason: str = ""
     content: Content = field(default_factory=Content)
-    epsilon: float | None = None
+    guarantee: Guarantee | None = None
     time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
 
 
@@ -184,7 +185,11 @@ def _parse(path: Path, number: int, line: str) -> Entry | str:
             "release of ot-federated that wrote it, and begin a new trail for this one."
         )
     try:
-        content = Content(**values.pop("content"))
-        return Entry(**values, content=replace(content, fields=tuple(content.fields)))
-    except (KeyError, TypeError):
+        content, guarantee = Content(**values.pop("content")), values.pop("guarantee")
+        return Entry(
+            **values,
+            content=replace(content, fields=tuple(content.fields)),
+            guarantee=Guarantee(**guarantee) if guarantee else None,
+        )
+    except (KeyError, TypeError, ValueError, ConfigError):
         return damaged

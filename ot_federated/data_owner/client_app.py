@@ -270,7 +270,7 @@ def run_private_round(work: Assignment, context: Context, notes: Notes) -> tuple
         record = encode_update(result.weights, work.adapter, dtype=work.update_dtype)
         return {name: array.numpy() for name, array in record.items()}
 
-    arrays, notes.epsilon = tune_privately(
+    arrays, guarantee = tune_privately(
         work.directory,
         work.adapter,
         work.examples,
@@ -300,7 +300,8 @@ def run_private_round(work: Assignment, context: Context, notes: Notes) -> tuple
         on_step=progress_line(work.client, work.server_round, config),
     )
     record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
-    return record, {"num-steps": num_steps, "epsilon": notes.epsilon}
+    notes.guarantee = guarantee
+    return record, {"num-steps": num_steps, "epsilon": guarantee.epsilon, "delta": guarantee.delta}
 
 
 def progress_line(name: str, server_round: int, config: RunConfig) -> Callable[[StepReport], None]:

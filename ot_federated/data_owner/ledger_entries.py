@@ -16,6 +16,7 @@ from typing import Any
 
 from ot_federated.errors import ConfigError, OtFederatedError
 from ot_federated.privacy_accounting import Mechanism
+from ot_federated.privacy_guarantee import Guarantee
 
 schema_version = 1
 unit, adjacency, sampling = "example", "add-remove-one", "poisson"
@@ -141,6 +142,11 @@ def check_dataset_id(dataset_id: str) -> str:
 def empty_head(dataset_id: str) -> Head:
     """Return the head of a ledger without entries; the chain begins with the data set's id."""
     return Head(0, hashlib.sha256(f"ot-federated privacy ledger {dataset_id}".encode()).hexdigest())
+
+
+def describe_epsilon(epsilon: float, *, delta: float) -> Guarantee:
+    """Return what an epsilon of this ledger means."""
+    return Guarantee(epsilon=epsilon, delta=delta, unit=unit, adjacency=adjacency, sampling=sampling)
 
 
 def encode_entry(release: Release, *, dataset_id: str, delta: float, time: str, previous: str) -> bytes:

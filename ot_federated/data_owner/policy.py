@@ -118,8 +118,12 @@ class Policy:
             )
 
     def filter_metrics(self, metrics: Mapping[str, int | float], *, private: bool) -> dict[str, int | float]:
-        """Return the metrics that may leave: all of a round without privacy, else those of ``reply_fields``."""
-        return {name: value for name, value in metrics.items() if not private or name in self.reply_fields}
+        """Return the metrics that may leave: all of a round without privacy, else those of ``reply_fields``.
+
+        With an epsilon goes its delta, without which it means nothing.
+        """
+        allowed = {*self.reply_fields, *(["delta"] if "epsilon" in self.reply_fields else [])}
+        return {name: value for name, value in metrics.items() if not private or name in allowed}
 
     def _refused_by_release(self, release: Release) -> list[str]:
         refused = []

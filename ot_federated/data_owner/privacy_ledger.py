@@ -48,6 +48,7 @@ from ot_federated.data_owner.ledger_entries import (
     Release,
     check_dataset_id,
     check_head,
+    describe_epsilon,
     empty_head,
     encode_anchor,
     encode_entry,
@@ -57,6 +58,7 @@ from ot_federated.data_owner.ledger_entries import (
 )
 from ot_federated.errors import ConfigError, DataError, OtFederatedError, ProtocolError
 from ot_federated.privacy_accounting import check_delta, epsilon_of
+from ot_federated.privacy_guarantee import Guarantee
 
 root_variable = "OT_FEDERATED_LEDGERS"
 ledger_file, anchor_file, lock_file = "ledger.jsonl", "anchor.json", "lock"
@@ -113,13 +115,18 @@ class Receipt:
     """What :meth:`PrivacyLedger.spend` did.
 
     Attributes:
-        epsilon: Epsilon of everything that was ever released, this round included.
+        guarantee: Of everything that was ever released, this round included.
         reply: None where the round was paid just now and may be trained. Else the round was paid before, and these
             are the bytes that left then: send them again, and train nothing.
     """
 
-    epsilon: float
+    guarantee: Guarantee
     reply: bytes | None = None
+
+    @property
+    def epsilon(self) -> float:
+        """The guarantee's epsilon."""
+        return self.guarantee.epsilon
 
     @property
     def already_spent(self) -> bool:
@@ -213,7 +220,7 @@ class PrivacyLedger:
             reply = self._repeated_reply(release, entries)
             history = [entry.release.mechanism for entry in entries]
             if reply is not None:
-                return Receipt(epsilon_of(history, delta=delta), reply)
+                return Receipt(describe_epsilon(epsilon_of(history, delta=delta), delta=delta), reply)
             epsilon = epsilon_of([*history, release.mechanism], delta=delta)
             if epsilon > budget_epsilon:
                 raise BudgetError(
@@ -223,7 +230,7 @@ class PrivacyLedger:
                     "noise, fewer steps or a smaller sample rate, or let the data owner raise max-epsilon."
                 )
             self._append(release, entries, anchor, delta=delta)
-        return Receipt(epsilon)
+        return Receipt(describe_epsilon(epsilon, delta=delta))
 
     def save_reply(self, data: bytes, *, run: str, server_round: int) -> None:
         """Keep what is about to leave for a paid round, so that asking again costs nothing; the last three stay.

@@ -7,7 +7,6 @@ nothing new.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +23,7 @@ from ot_federated.data_owner.policy import Policy
 from ot_federated.data_owner.privacy_ledger import PrivacyLedger, identify_dataset, ledger_root
 from ot_federated.data_owner.privacy_self_check import check_per_example_gradients
 from ot_federated.privacy_accounting import calibrate_noise_multiplier
+from ot_federated.privacy_guarantee import Guarantee
 from ot_federated.secure_random import SecureRandom
 from ot_federated.tasks.base import Example
 from ot_federated.training import OptimizerSettings, StepReport, TrainingResult
@@ -96,7 +96,7 @@ def tune_privately(
     optimizer: OptimizerSettings,
     encode: Callable[[TrainingResult], Arrays],
     on_step: Callable[[StepReport], None] | None = None,
-) -> tuple[Arrays, float]:
+) -> tuple[Arrays, Guarantee]:
     """Tune the adapter for one round under differential privacy.
 
     Args:
@@ -121,7 +121,7 @@ def tune_privately(
         on_step: Called after every step.
 
     Returns:
-        The arrays that leave, and epsilon of everything that ever left this data set.
+        The arrays that leave, and the guarantee for everything that ever left this data set.
 
     Raises:
         PolicyError: If the policy does not allow it.
@@ -157,7 +157,7 @@ def tune_privately(
     ledger = PrivacyLedger.open(ledger_root(), dataset_id=dataset or identify_dataset(rows))
     receipt = ledger.spend(release, budget_epsilon=policy.max_epsilon, delta=policy.delta)
     if receipt.reply is not None:
-        return load(receipt.reply), receipt.epsilon
+        return load(receipt.reply), receipt.guarantee
     tunable = load_model_once(str(directory), device, tuning)
     result = train_privately(
         tunable.model,
@@ -179,4 +179,4 @@ def tune_privately(
     )
     arrays = encode(result)
     ledger.save_reply(save(arrays), run=run, server_round=server_round)
-    return arrays, receipt.epsilon if math.isfinite(receipt.epsilon) else math.inf
+    return arrays, receipt.guarantee

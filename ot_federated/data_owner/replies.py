@@ -52,7 +52,7 @@ def reply_to(
                     status=str(told.get("status", "")),
                     reason=str(told.get("reason", "")),
                     content=describe_content(content),
-                    epsilon=notes.epsilon if notes else None,
+                    guarantee=notes.guarantee if notes else None,
                 )
                 append_entry(path, entry)
         except (OtFederatedError, OSError) as error:

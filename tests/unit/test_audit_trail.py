@@ -21,6 +21,9 @@ from ot_federated.data_owner.audit_trail import (
     format_version,
     read_trail,
 )
+from ot_federated.privacy_guarantee import Guarantee
+
+guarantee = Guarantee(epsilon=1.25, delta=1e-5, unit="example", adjacency="add-remove-one", sampling="poisson")
 
 
 def build_entry(**changes: object) -> Entry:
@@ -31,7 +34,7 @@ def build_entry(**changes: object) -> Entry:
         "run": "run-a",
         "server_round": 2,
         "status": "ok",
-        "epsilon": 1.25,
+        "guarantee": guarantee,
     }
     return Entry(**{**values, **changes})
 
@@ -141,17 +144,19 @@ def test_show_is_a_table_that_can_be_cut_and_filtered(tmp_path: Path, capsys: py
     content = describe_content({"arrays": ArrayRecord({"w": Array(np.zeros(4, np.float32))})})
     for number in (1, 2, 3):
         append_entry(path, build_entry(server_round=number, content=content))
-    append_entry(path, build_entry(flower_run="78", run="run-b", epsilon=None, content=content))
-    append_entry(path, build_entry(flower_run="79", run="", status="error", reason="no \x1b[2Jdata", epsilon=None))
+    append_entry(path, build_entry(flower_run="78", run="run-b", guarantee=None, content=content))
+    append_entry(path, build_entry(flower_run="79", run="", status="error", reason="no \x1b[2Jdata", guarantee=None))
     assert main(["trail", "show", "--path", str(path), "--last", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{path}: 5 messages answered, {4 * content.num_bytes:,} bytes left"
-    assert len(lines) == 2 + 3 + 1
-    assert lines[2].split()[2:] == [
-        *("run-a", "3", "ward-7", "train", "ok", "1", f"{content.num_bytes:,}", "1.2500", content.sha256[:12])
+    assert lines[1] == f"last guarantee, for everything that ever left its data set: {guarantee}"
+    assert len(lines) == 3 + 3 + 1
+    assert lines[3].split()[2:] == [
+        *("run-a", "3", "ward-7", "train", "ok", "1", f"{content.num_bytes:,}", "1.2500", "1e-05"),
+        content.sha256[:12],
     ]
-    assert "unbounded" in lines[3]
-    assert lines[5] == "    no ?[2Jdata"
+    assert "unbounded" in lines[4]
+    assert lines[6] == "    no ?[2Jdata"
     for name in ("78", "run-b"):
         assert main(["trail", "show", "--path", str(path), "--run", name]) == 0
         assert len(capsys.readouterr().out.splitlines()) == 3

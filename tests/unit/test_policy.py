@@ -173,3 +173,9 @@ def test_only_the_allow_list_leaves_with_a_private_update():
     assert limits.filter_metrics(metrics, private=True) == {"num-steps": 20}
     assert limits.filter_metrics(metrics, private=False) == metrics
     assert Policy(reply_fields=()).filter_metrics(metrics, private=True) == {}
+
+
+def test_epsilon_never_leaves_without_its_delta():
+    metrics = {"num-steps": 20, "epsilon": 1.5, "delta": 1e-5}
+    assert Policy(reply_fields=("epsilon",)).filter_metrics(metrics, private=True) == {"epsilon": 1.5, "delta": 1e-5}
+    assert Policy().filter_metrics(metrics, private=True) == {"num-steps": 20}
