@@ -103,24 +103,35 @@ def test_what_is_refused_below_is_refused_for_what_is_wrong_with_it(prepare: Pre
 @pytest.mark.parametrize(
     ("settings", "policy", "reason"),
     [
-        ({"privacy.mode": "none"}, "", "training without example-level privacy (require-privacy = true)"),
-        (
+        pytest.param(
+            {"privacy.mode": "none"},
+            "",
+            "training without example-level privacy (require-privacy = true)",
+            id="privacy",
+        ),
+        pytest.param(
             {"privacy.noise-multiplier": 0.5},
             "min-noise-multiplier = 0.6",
             "noise multiplier 0.5 (min-noise-multiplier = 0.6)",
+            id="sigma",
         ),
-        ({"privacy.max-grad-norm": 1e9}, "max-grad-norm = 2", "clipping norm 1e+09 (max-grad-norm = 2)"),
-        ({"train.batch-size": 12}, "max-sample-rate = 0.4", "sample rate 1 (max-sample-rate = 0.4)"),
-        ({"num-server-rounds": 9}, "max-rounds = 8", "9 rounds (max-rounds = 8)"),
-        (
+        pytest.param(
+            {"privacy.max-grad-norm": 1e9}, "max-grad-norm = 2", "clipping norm 1e+09 (max-grad-norm = 2)", id="C"
+        ),
+        pytest.param(
+            {"train.batch-size": 12}, "max-sample-rate = 0.4", "sample rate 1 (max-sample-rate = 0.4)", id="q"
+        ),
+        pytest.param({"num-server-rounds": 9}, "max-rounds = 8", "9 rounds (max-rounds = 8)", id="rounds"),
+        pytest.param(
             {"train.max-steps": 0, "train.local-epochs": 3},
             "max-steps-per-round = 8",
             "9 steps in a round (max-steps-per-round = 8)",
+            id="steps",
         ),
-        ({"privacy.target-epsilon": 9.0}, "max-epsilon = 3", "epsilon 9 (max-epsilon = 3)"),
-        ({"privacy.target-delta": 0.01}, "delta = 1e-4", "delta 0.01 (delta = 0.0001)"),
-        ({}, "min-examples = 13", "training on fewer examples than min-examples = 13"),
-        ({}, 'allowed-tasks = ["causal-lm"]', "task 'multiple-choice' (allowed: causal-lm)"),
+        pytest.param({"privacy.target-epsilon": 9.0}, "max-epsilon = 3", "epsilon 9 (max-epsilon = 3)", id="epsilon"),
+        pytest.param({"privacy.target-delta": 0.01}, "delta = 1e-4", "delta 0.01 (delta = 0.0001)", id="delta"),
+        pytest.param({}, "min-examples = 13", "training on fewer examples than min-examples = 13", id="examples"),
+        pytest.param({}, 'allowed-tasks = ["causal-lm"]', "task 'multiple-choice' (allowed: causal-lm)", id="task"),
     ],
 )
 def test_a_server_that_asks_for_weaker_privacy(
