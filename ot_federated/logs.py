@@ -1,7 +1,8 @@
 """The lines that tell what happens, on standard error: plain with the time, or JSON for a machine that collects them.
 
-``OT_FEDERATED_LOG=json`` turns every line, Flower's own included, into one JSON object: ``time`` (UTC), ``level``,
-``message``, ``run``, ``round`` and ``node`` where they are known, and ``traceback``. Either form tells the same.
+``OT_FEDERATED_LOG=json`` turns every line of this project's and of Flower's logger into one JSON object: ``time``
+(UTC), ``level``, ``message``, ``run``, ``round`` and ``node`` where they are known, and ``traceback``. Lines that
+Flower and its web server print by other means stay as they are.
 """
 
 from __future__ import annotations
@@ -51,6 +52,11 @@ def log_fields(**fields: str | int) -> Iterator[None]:
         _fields.reset(token)
 
 
+def add_log_fields(**fields: str | int) -> None:
+    """Give the lines that follow these fields too, up to the end of the :func:`log_fields` block around them."""
+    _fields.set({**_fields.get(), **fields})
+
+
 def show_lines() -> None:
     """Write this project's log lines to standard error, once, apart from Flower's own records.
 
@@ -65,8 +71,11 @@ def show_lines() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%H:%M:%S"))
     if form == "json":
-        for shown in (handler, *logging.getLogger("flwr").handlers):
-            shown.setFormatter(JsonFormatter())
+        handler.setFormatter(JsonFormatter())
+        for flowers in logging.getLogger("flwr").handlers:
+            # Flower's handler has a format of its own and asks no formatter. Its empty lines are layout.
+            flowers.format = JsonFormatter().format  # type: ignore[method-assign]
+            flowers.addFilter(lambda record: bool(record.getMessage().strip()))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False

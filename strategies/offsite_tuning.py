@@ -22,7 +22,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from ot_federated.errors import OtFederatedError, ProtocolError
-from ot_federated.logs import logger
+from ot_federated.logs import add_log_fields, log_fields, logger
 from ot_federated.messages import (
     Hello,
     arrays_key,
@@ -171,6 +171,7 @@ class OffsiteTuning(Strategy):
             AggregationError: If too few clients connect in time.
         """
         self.record = RoundRecord(server_round)
+        add_log_fields(round=server_round)
         node_ids = wait_for_nodes(
             grid,
             min_nodes=self.min_nodes,
@@ -234,7 +235,8 @@ class OffsiteTuning(Strategy):
 
         def lose(node_id: int, reason: str) -> list[Message]:
             self.record.failures[f"node {node_id}"] = reason
-            self.on_progress(f"node {node_id} cannot take part: {reason}")
+            with log_fields(node=f"node-{node_id}"):
+                self.on_progress(f"node {node_id} cannot take part: {reason}")
             return []
 
         exchange(grid, messages, timeout_seconds=ttl, on_reply=note, on_lost=lose)
@@ -253,7 +255,8 @@ class OffsiteTuning(Strategy):
             nonlocal num_done
             num_done += 1
             head = f"round {self.record.number}  {num_done}/{len(conversations)}  {names[conversation.node_id]}"
-            self.on_progress(f"{head}  {describe_reply(conversation)}")
+            with log_fields(node=names[conversation.node_id]):
+                self.on_progress(f"{head}  {describe_reply(conversation)}")
 
         hold_conversations(grid, conversations, timeout_seconds=timeout_seconds, on_change=report)
         for conversation in conversations:
@@ -281,7 +284,8 @@ class OffsiteTuning(Strategy):
                 valid.append(self._validate(server_round, reply))
             except ProtocolError as error:
                 self.record.failures[name] = f"rejected: {error}"
-                self.on_progress(f"round {server_round}  {name}  reply rejected: {error}")
+                with log_fields(node=name):
+                    self.on_progress(f"round {server_round}  {name}  reply rejected: {error}")
         self.record.num_replies = len(valid)
         if len(valid) < self.min_replies:
             raise AggregationError(

@@ -258,7 +258,9 @@ def _parse_line(line: bytes, *, dataset_id: str) -> Entry:
     if not isinstance(fields, dict):
         raise LedgerError("is not a JSON object")
     if (schema := fields.get("schema")) != schema_version:
-        raise LedgerError(f"has schema {schema!r}; this release of ot-federated reads {schema_version}")
+        raise LedgerError(
+            f"has schema {schema!r}; this release of ot-federated reads {schema_version}: install the one that wrote it"
+        )
     if fields.keys() != _types.keys() or any(type(fields[key]) is not kind for key, kind in _types.items()):
         raise LedgerError("has missing, unknown or mistyped fields")
     digest = fields.pop("sha256")

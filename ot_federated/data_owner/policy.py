@@ -2,6 +2,7 @@
 
 A TOML file on the data owner's disk (node config ``policy``). Every key is optional::
 
+    format = 1                              # of this file; absent: the one that the installed release reads
     max-epsilon = 3.0                       # never spend more than this on the data set, over all runs
     delta = 1e-6                            # at this delta, which must be below 1 / number of examples
     min-noise-multiplier = 0.6              # sigma: noise over clipping norm
@@ -34,6 +35,7 @@ from ot_federated.data_owner.ledger_entries import Release
 from ot_federated.errors import ConfigError, OtFederatedError, nearest_match
 from ot_federated.privacy_accounting import smallest_delta
 
+format_version = 1
 # Metrics that a client can send. The others of a private round stay: losses, scores and counts of private data are
 # not covered by the noise.
 known_reply_fields = ("epsilon", "loss", "num-examples", "num-steps", "num-tokens", "seconds")
@@ -155,13 +157,18 @@ def load_policy(path: Path) -> Policy:
     """Read a policy file.
 
     Raises:
-        ConfigError: If it cannot be read, or has an unknown key (the nearest match is named), a value of the wrong
-            type, or one out of range. A policy is never applied in part.
+        ConfigError: If it cannot be read, is of another format, or has an unknown key (the nearest match is named), a
+            value of the wrong type, or one out of range. A policy is never applied in part.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"The policy file {path} cannot be read ({error}). Give a TOML file.") from error
+    if (version := values.pop("format", format_version)) != format_version:
+        raise ConfigError(
+            f"{path} has format {version!r}; this release reads {format_version}. Install the release of ot-federated "
+            "that it was written for, or write it anew for this one."
+        )
     fields = {item.name.replace("_", "-"): item for item in dataclasses.fields(Policy)}
     arguments: dict[str, Any] = {}
     for key, value in values.items():

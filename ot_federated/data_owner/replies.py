@@ -70,6 +70,9 @@ def content_or_reason(build: Callable[[], RecordDict]) -> RecordDict:
     try:
         show_lines()
         return build()
+    except SystemExit:  # what Flower makes of SIGTERM
+        logger.warning("stopped before there was a reply; nothing has left, and what was paid stays paid")
+        raise
     except OtFederatedError as error:
         logger.warning("%s: %s", type(error).__name__, error)
         reason = str(error) if error.may_leave else f"{type(error).__name__}; the client's log has the details"

@@ -94,7 +94,10 @@ def load_latest_checkpoint(directory: Path) -> Checkpoint | None:
     try:
         state = json.loads((path / "state.json").read_text())
         if state["format"] != format_version:
-            raise CheckpointError(f"{path} has format {state['format']!r}; this version reads {format_version}.")
+            raise CheckpointError(
+                f"{path} has format {state['format']!r}; this version reads {format_version}. Go on with the release "
+                "of ot-federated that began the run, or start a new run."
+            )
         for name in _files:
             if file_sha256(path / name) != state["files"][name]:
                 raise CheckpointError(

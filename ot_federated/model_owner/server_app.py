@@ -17,12 +17,13 @@ from ot_federated.bundle import read_tensors
 from ot_federated.config import RunConfig, flatten, parse_run_config
 from ot_federated.emulated_model import load_emulated_model
 from ot_federated.errors import CheckpointError, OtFederatedError
-from ot_federated.logs import logger, show_lines
+from ot_federated.logs import log_fields, logger, show_lines
 from ot_federated.model_owner.checkpoints import load_latest_checkpoint, save_checkpoint
 from ot_federated.model_owner.evaluation import score_with_progress
 from ot_federated.model_owner.owner import Owner, prepare
 from ot_federated.model_owner.plug_in import plugged_in
 from ot_federated.model_owner.results import finish, score_end, score_start
+from ot_federated.reporting.prometheus import serve_metrics
 from ot_federated.reporting.run_directory import RunDirectory, failure_file, summary_file
 from ot_federated.tuning import prepare_tuning, start_state
 from strategies.aggregators import aggregator_state, build_aggregator, restore_aggregator
@@ -40,18 +41,27 @@ def main(grid: Grid, context: Context) -> None:
     """Run the federation; a failure is noted in the run directory, then raised."""
     show_lines()
     run = None
-    try:
-        config = parse_run_config(context.run_config)
-        run = RunDirectory.open(config.output_dir, flatten(config), resume=config.resume)
-        run_federation(grid, config, run)
-    except Exception as error:
-        output_dir = str(context.run_config.get("output-dir", ""))
-        place = run or (RunDirectory(Path(output_dir).expanduser().absolute()) if output_dir else None)
-        # A directory that holds another run's result is not this run's to write into.
-        if place and (run or not (place.path / summary_file).exists()):
-            place.write_failure(describe_failure(error))
-            say("failed; the reason is in %s", place.path / failure_file)
-        raise
+    with log_fields(run=str(context.run_id)):
+        try:
+            config = parse_run_config(context.run_config)
+            run = RunDirectory.open(config.output_dir, flatten(config), resume=config.resume)
+            with serve_metrics(run=str(context.run_id)) as tell:
+                run.listeners += [tell] if tell else []
+                run_federation(grid, config, run)
+        except SystemExit:
+            # What Flower makes of SIGTERM. Files are whole at any time; what is missing is a word to the operator.
+            if run and not (run.path / summary_file).exists():
+                run.write_failure(f"The run was stopped. Go on with resume=true output-dir={run.path}")
+                say("stopped; resume=true goes on with %s", run.path)
+            raise
+        except Exception as error:
+            output_dir = str(context.run_config.get("output-dir", ""))
+            place = run or (RunDirectory(Path(output_dir).expanduser().absolute()) if output_dir else None)
+            # A directory that holds another run's result is not this run's to write into.
+            if place and (run or not (place.path / summary_file).exists()):
+                place.write_failure(describe_failure(error))
+                say("failed; the reason is in %s", place.path / failure_file)
+            raise
 
 
 def describe_failure(error: Exception) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,16 @@ free_keys = ("resume", "output-dir", "strategy.node-timeout-seconds", "strategy.
 
 
 class RunDirectory:
-    """The directory of one run."""
+    """The directory of one run.
+
+    Attributes:
+        path: The directory.
+        listeners: Called with every line of ``metrics.jsonl`` once it is written.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
 
     @classmethod
     def open(cls, output_dir: str, flat_config: Mapping[str, Any], *, resume: bool) -> RunDirectory:
@@ -95,6 +101,8 @@ class RunDirectory:
         lines.append(dict(line))
         lines.sort(key=lambda entry: int(entry.get("round", 0)))
         atomic_write_text(self.path / metrics_file, "".join(json.dumps(entry) + "\n" for entry in lines))
+        for listener in self.listeners:
+            listener(line)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the lines of ``metrics.jsonl``."""

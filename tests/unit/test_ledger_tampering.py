@@ -47,7 +47,10 @@ def rehash(line: bytes, **changes: object) -> bytes:
         (lambda rows: [*rows[:2], b"\n", *rows[2:]], "line 3 is not JSON"),
         (lambda rows: [*rows[:2], b"\xff\n", *rows[2:]], "line 3 is not JSON"),
         (lambda rows: [*rows[:2], b"[1]\n", *rows[2:]], "line 3 is not a JSON object"),
-        (lambda rows: [edit(rows[0], schema=2), *rows[1:]], "line 1 has schema 2"),
+        (
+            lambda rows: [edit(rows[0], schema=2), *rows[1:]],
+            "line 1 has schema 2; this release of ot-federated reads 1: install the one that wrote it",
+        ),
         (lambda rows: [edit(rows[0], extra=2), *rows[1:]], "line 1 has missing, unknown"),
         (lambda rows: [edit(rows[0], num_steps=True), *rows[1:]], "line 1 has missing, unknown or mistyped"),
         (lambda rows: [edit(rows[0], noise_multiplier=math.nan), *rows[1:]], "line 1 was edited"),

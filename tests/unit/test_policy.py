@@ -65,7 +65,7 @@ def test_the_documented_example_is_read(tmp_path):
         reply_fields=("num-steps",),
     )
     keys = {line.split("=")[0].strip() for line in example.splitlines()}
-    assert keys == {item.name.replace("_", "-") for item in dataclasses.fields(Policy)}
+    assert keys == {"format", *(item.name.replace("_", "-") for item in dataclasses.fields(Policy))}
 
 
 def test_an_empty_file_keeps_the_defaults_and_requires_privacy(tmp_path):
@@ -179,3 +179,12 @@ def test_epsilon_never_leaves_without_its_delta():
     metrics = {"num-steps": 20, "epsilon": 1.5, "delta": 1e-5}
     assert Policy(reply_fields=("epsilon",)).filter_metrics(metrics, private=True) == {"epsilon": 1.5, "delta": 1e-5}
     assert Policy().filter_metrics(metrics, private=True) == {"num-steps": 20}
+
+
+def test_another_format_names_the_remedy(tmp_path):
+    path = tmp_path / "policy.toml"
+    path.write_text("format = 1\nmax-epsilon = 2.0\n")
+    assert load_policy(path).max_epsilon == 2.0
+    path.write_text("format = 2\nmax-epsilon = 2.0\n")
+    with pytest.raises(ConfigError, match=r"format 2; this release reads 1\. Install the release.*or write it anew"):
+        load_policy(path)
