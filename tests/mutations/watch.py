@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -24,7 +25,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         return
     seen["outcome"] = report.outcome if report.when == "call" or report.outcome == "skipped" else "error"
     lines = [line.removeprefix("E").strip() for line in report.longreprtext.splitlines() if line.startswith("E ")]
-    seen["reason"] = (lines or report.longreprtext.splitlines()[-1:] or [""])[0][:200]
+    reason = (lines or report.longreprtext.splitlines()[-1:] or [""])[0]
+    # A machine's directories say nothing to others.
+    seen["reason"] = re.sub(r"(/[\w.+-]+){2,}/", ".../", reason)[:200]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from ot_federated.data_owner import private_tuning
 from ot_federated.data_owner.privacy_ledger import PrivacyLedger, ledger_root, list_ledgers
 from strategies.offsite_tuning import AggregationError
-from tests.federations import Federation, prepare_federation, start
+from tests.federations import Federation, build_questions, prepare_federation, start, write_rows
 
 private = {
     "privacy.mode": "example",
@@ -218,6 +218,25 @@ def test_ledger_of_other_data(prepare: Prepare, trainings: list[str], capfd: pyt
     (ledger_root() / "ward-7").rename(ledger_root() / "ward-8")
     refuse(prepare(node_config={"dataset": "ward-8"}, **one), trainings)
     assert "line 1 belongs to the data set 'ward-7', not to 'ward-8'" in capfd.readouterr().err
+
+
+def test_settings_of_the_server_begin_no_new_ledger(prepare: Prepare, tmp_path: Path) -> None:
+    """Catches a data set that is known by what the server makes of it: every run is paid from the same budget."""
+    data = write_rows(tmp_path / "own.jsonl", [row | {"hint": row["question"][::-1]} for row in build_questions(24)])
+    for number, settings in enumerate(
+        (
+            {},
+            {"seed": 7, "data.max-train-examples": 20},
+            {"data.max-length": 16},
+            {"data.partitioner": "dirichlet"},
+            {"data.question-column": "hint", "data.validation": str(data), "data.test": str(data)},
+        ),
+        start=1,
+    ):
+        own = {"data-path": str(data)}
+        start(prepare({"strategy.min-nodes": 1, **settings}, policy="max-epsilon = 50", num_clients=1, node_config=own))
+        (dataset,) = list_ledgers(ledger_root())
+        assert len(PrivacyLedger.open(ledger_root(), dataset_id=dataset).entries) == number
 
 
 def use_weight_beside_its_layer(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
