@@ -19,6 +19,9 @@ from ot_federated.errors import ConfigError, nearest_match
 from ot_federated.label_words import check_prompt, parse_label_words
 from ot_federated.settings import Key, Scalar, check_value, setting
 
+# Those that use nothing of a round but the mean of its updates.
+mean_aggregators = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
@@ -168,20 +171,27 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyConfig:
-    """Differential privacy at the data owners. A data owner's own policy and ledger stand above these settings."""
+    """Differential privacy: at the data owners, whose own policy and ledger stand above it, or at the server."""
 
     mode: str = setting(
         "none",
         "example: DP-SGD at every client, add/remove of one example, accounted over all rounds and runs in each data "
-        "owner's ledger; train.batch-size is then the expected batch.",
-        choices=("none", "example"),
+        "owner's ledger; train.batch-size is then the expected batch. client: the server, which is trusted, clips and "
+        "noises the sum of the updates; for hundreds of clients.",
+        choices=("none", "example", "client"),
     )
     target_epsilon: float = setting(
         8.0,
-        "Epsilon of the whole run at each client; its noise is calibrated to it. Unused with a noise multiplier.",
+        "Epsilon of the whole run, at each client or for each client; the noise is calibrated to it. Unused with a "
+        "noise multiplier.",
         above=0,
     )
-    target_delta: float = setting(1e-5, "Delta, below 1 / examples of the smallest client.", above=0, maximum=0.1)
+    target_delta: float = setting(
+        1e-5,
+        "Delta, below 1 / examples of the smallest client, or 1 / clients of the federation.",
+        above=0,
+        maximum=0.1,
+    )
     noise_multiplier: float = setting(0.0, "Noise over clipping norm; 0: from privacy.target-epsilon.", minimum=0)
     max_grad_norm: float = setting(1.0, "Clipping norm of one example's gradient.", above=0)
     clipping: str = setting(
@@ -197,6 +207,24 @@ class PrivacyConfig:
     micro_batch_size: int = setting(
         16, "Examples in the model at once; bounds memory, changes nothing else.", minimum=1
     )
+    clients_per_round: int = setting(
+        0,
+        "client: so many clients train in a round at most, and the noised sum of their updates is divided by it, "
+        "however many reply.",
+        minimum=0,
+    )
+    update_norm: float = setting(
+        1.0,
+        "client: the L2 norm to which each update is clipped; where clipping adapts, in the first round.",
+        above=0,
+    )
+    adaptive_clipping: bool = setting(
+        False, "client: let the norm follow a quantile of the updates' norms (Andrew et al. 2021)."
+    )
+    target_quantile: float = setting(
+        0.5, "Adaptive clipping: share of the updates that the norm leaves whole.", minimum=0, maximum=1
+    )
+    quantile_learning_rate: float = setting(0.2, "Adaptive clipping: step of the norm's logarithm.", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +291,7 @@ class RunConfig:
     num_server_rounds: int = setting(3, "Rounds of the federation.", minimum=1)
     seed: int = setting(0, "Everything random but privacy noise derives from it.", minimum=0)
     output_dir: str = setting("", "Directory of the run; empty: runs/<UTC time>.")
-    resume: bool = setting(False, "Continue the run in output-dir from its last checkpoint.")
+    resume: bool = setting(False, "Continue the run in output-dir from its last checkpoint; privacy noise is drawn anew.")
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -336,6 +364,8 @@ def parse_run_config(flat: Mapping[str, object]) -> RunConfig:
             "privacy.mode='example' does not go with task.name='causal-lm': it joins records and cuts them into "
             "windows, so that no single example is one person's record. Use a task with one example a record."
         )
+    if config.privacy.mode == "client":
+        _check_client_privacy(config)
     by_column = config.data.partitioner in ("dirichlet", "column")
     if by_column and not config.data.partition_column and not config.label_column:
         raise ConfigError(
@@ -343,6 +373,32 @@ def parse_run_config(flat: Mapping[str, object]) -> RunConfig:
             "answer column to divide by."
         )
     return config
+
+
+def _check_client_privacy(config: RunConfig) -> None:
+    """Check what client-level privacy needs of the other settings.
+
+    Raises:
+        ConfigError: If it cannot be had with them.
+    """
+    privacy, strategy = config.privacy, config.strategy
+    if strategy.name not in mean_aggregators:
+        raise ConfigError(
+            f"privacy.mode='client' does not go with strategy.name={strategy.name!r}, which compares single updates: "
+            "only their noised mean may be used. Clipping already bounds what a faulty client can do. Take one of "
+            f"{', '.join(mean_aggregators)}."
+        )
+    if privacy.clients_per_round < max(1, strategy.min_nodes):
+        raise ConfigError(
+            f"privacy.mode='client' with privacy.clients-per-round={privacy.clients_per_round}: it must be set, to at "
+            f"least strategy.min-nodes={strategy.min_nodes}. The noised sum of the updates is divided by this number "
+            "whoever replies; take as many clients as should train in a round."
+        )
+    if privacy.target_delta * privacy.clients_per_round >= 1:
+        raise ConfigError(
+            f"privacy.target-delta={privacy.target_delta:g} is not below 1 / {privacy.clients_per_round} clients: such "
+            "a delta would allow to publish a whole client. Take a smaller one."
+        )
 
 
 def _build(config_class: type, values: Mapping[str, Scalar], prefix: str) -> Any:

@@ -1,10 +1,14 @@
 """How much privacy a history of noised training costs: (epsilon, delta) by privacy loss distributions.
 
-Unit: one example. Adjacency: add or remove one. Mechanism: Poisson-subsampled Gaussian, composed over every step
-of every round and run. Composition of privacy loss distributions (PLD) after Koskela, Jälkö and Honkela,
+Unit: what the noise hides, one example (DP-SGD) or one client (client-level privacy at the server). Adjacency: add
+or remove one. Mechanism: Poisson-subsampled Gaussian, composed over every step of every round and run. Composition of privacy loss distributions (PLD) after Koskela, Jälkö and Honkela,
 "Computing Tight Differential Privacy Guarantees Using FFT", AISTATS 2020 (https://arxiv.org/abs/1906.03049);
 discretised by "connect the dots", Doroshenko et al., PoPETs 2022 (https://arxiv.org/abs/2207.04380), as
 ``dp_accounting`` implements both. This is the only module that imports it.
+
+Without sampling (a rate of 1 throughout) the answer is exact: Gaussian mechanisms compose into one, and its epsilon is
+that of Balle and Wang, "Improving the Gaussian Mechanism for Differential Privacy", ICML 2018
+(https://arxiv.org/abs/1805.06530).
 
 Never below the truth: connecting the dots dominates the true distribution, so epsilon errs upwards (by the
 discretisation, about 1e-4 of epsilon), and only floating-point rounding, below 1e-9, goes
@@ -167,12 +171,22 @@ def _epsilon_of_groups(groups: Mapping[tuple[float, float], int], *, delta: floa
         return 0.0
     if any(noise_multiplier < _least_noise for noise_multiplier, _ in groups):
         return math.inf
+    if all(sample_rate == 1 for _, sample_rate in groups):
+        return _epsilon_without_sampling(groups, delta=delta)
     width = _grid_width(groups, coarsening=coarsening)
     composed: Any = None
     for (noise_multiplier, sample_rate), num_steps in groups.items():
         part = _single_step(noise_multiplier, sample_rate, width).self_compose(num_steps)
         composed = part if composed is None else composed.compose(part)
     return float(composed.get_epsilon_for_delta(delta))
+
+
+def _epsilon_without_sampling(groups: Mapping[tuple[float, float], int], *, delta: float) -> float:
+    """Return the exact epsilon of Gaussian mechanisms: together they are one, and their inverse variances add up."""
+    from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
+
+    precision = sum(num_steps / noise_multiplier**2 for (noise_multiplier, _), num_steps in groups.items())
+    return float(get_epsilon_gaussian(1 / math.sqrt(precision), delta))
 
 
 def _grid_width(groups: Mapping[tuple[float, float], int], *, coarsening: int) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from flwr.serverapp import strategy as flower
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import Strategy
 
 from ot_federated.errors import ConfigError, nearest_match
 from ot_federated.logs import logger
@@ -32,14 +32,18 @@ class Aggregator:
     """A Flower aggregator, and what it needs to know of a round's replies.
 
     Attributes:
-        strategy: Flower's strategy.
+        strategy: Flower's strategy, or a wrapper around one.
         min_replies: Number of replies below which its guarantee is void.
         selects_rest: Whether it averages all replies but the malicious (MultiKrum without a number of its own).
+        max_clients: Largest number of clients that may train in a round; 0: no limit.
+        delta: Delta of client-level privacy, which must be below 1 over the number of clients; 0: without privacy.
     """
 
-    strategy: FedAvg
+    strategy: Strategy
     min_replies: int = 1
     selects_rest: bool = False
+    max_clients: int = 0
+    delta: float = 0.0
 
 
 def build_aggregator(
@@ -116,23 +120,29 @@ def fit_selection(aggregator: Aggregator, *, num_replies: int) -> None:
         aggregator.strategy.num_nodes_to_select = max(1, rest)
 
 
-def aggregator_state(aggregator: FedAvg) -> dict[str, np.ndarray]:
-    """Return what the aggregator remembers between rounds, as arrays by name."""
+def aggregator_state(aggregator: Strategy) -> dict[str, np.ndarray]:
+    """Return what the aggregator, and a wrapper around it, remembers between rounds, as arrays by name."""
     state: dict[str, np.ndarray] = {}
+    inner = getattr(aggregator, "strategy", aggregator)
     for attribute in _array_states:
-        for name, array in (getattr(aggregator, attribute, None) or {}).items():
+        for name, array in (getattr(inner, attribute, None) or {}).items():
             state[f"{attribute}/{name}"] = np.asarray(array)
-    for index, array in enumerate(getattr(aggregator, "momentum_vector", None) or []):
+    for index, array in enumerate(getattr(inner, "momentum_vector", None) or []):
         state[f"momentum_vector/{index:06d}"] = np.asarray(array)
+    if hasattr(aggregator, "clipping_norm"):
+        state["clipping_norm"] = np.array([aggregator.clipping_norm])  # safetensors gives a scalar back as a vector
     return state
 
 
-def restore_aggregator(aggregator: FedAvg, state: dict[str, np.ndarray]) -> None:
-    """Give the aggregator back what :func:`aggregator_state` returned."""
+def restore_aggregator(aggregator: Strategy, state: dict[str, np.ndarray]) -> None:
+    """Give the aggregator, and a wrapper around it, back what :func:`aggregator_state` returned."""
+    inner: Any = getattr(aggregator, "strategy", aggregator)
     for attribute in _array_states:
         saved = {key.partition("/")[2]: array for key, array in state.items() if key.startswith(attribute + "/")}
         if saved:
-            setattr(aggregator, attribute, saved)
+            setattr(inner, attribute, saved)
     momentum = [state[key] for key in sorted(state) if key.startswith("momentum_vector/")]
     if momentum:
-        aggregator.momentum_vector = momentum  # type: ignore[attr-defined]  # only FedAvgM saved one
+        inner.momentum_vector = momentum  # only FedAvgM saved one
+    if "clipping_norm" in state:
+        aggregator.clipping_norm = state["clipping_norm"].item()  # type: ignore[attr-defined]  # client-level privacy

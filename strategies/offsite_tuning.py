@@ -21,7 +21,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from ot_federated.errors import OtFederatedError, ProtocolError
+from ot_federated.errors import ConfigError, OtFederatedError, ProtocolError
 from ot_federated.logs import add_log_fields, log_fields, logger
 from ot_federated.messages import (
     Hello,
@@ -39,6 +39,7 @@ from ot_federated.messages import (
     train_type,
 )
 from strategies.aggregators import Aggregator, fit_selection
+from strategies.client_level_privacy import NoisedMean
 from strategies.conversation import BundleSource, Conversation, hold_conversations, raise_flower_error
 from strategies.exchange import FixedNodes, exchange, wait_for_nodes
 from strategies.replies import RoundRecord, count_metric, describe_reply, record_tensors, tensors_record
@@ -186,6 +187,11 @@ class OffsiteTuning(Strategy):
                 f"Round {server_round}: {len(present)} of {len(node_ids)} clients can take part and "
                 f"strategy.min-nodes needs {self.min_nodes}. Their reasons: {self.record.failures or 'none given'}."
             )
+        if self.aggregator.delta * len(present) >= 1:
+            raise ConfigError(
+                f"privacy.target-delta={self.aggregator.delta:g} is not below 1 / {len(present)} connected clients: "
+                "such a delta would allow to publish a whole client. Begin a new run with a smaller one."
+            )
         chosen = self._choose(server_round, present)
         self.record.clients = [self._name(node_id) for node_id in chosen]
         # Flower's aggregator notes the current weights here, and adds what its clients must know (FedProx: mu).
@@ -193,6 +199,9 @@ class OffsiteTuning(Strategy):
         update = encode_update(record_tensors(arrays), self.reference, dtype=self.update_dtype)
         # What clients really get, rounded as it was: their updates are differences to this.
         self._sent = decode_update(update, self.reference, dtype=self.update_dtype)
+        if isinstance(self.aggregator.strategy, NoisedMean):
+            # Clipped is what a client has done: the difference to what it got, not to what was rounded for it.
+            self.aggregator.strategy.current_arrays = tensors_record(self._sent)
         fields: dict[str, str | int | float | bytes | list[int]] = {
             name: value for name, value in config.items() if isinstance(value, (str, int, float))
         }
@@ -210,6 +219,7 @@ class OffsiteTuning(Strategy):
         """Return the round's nodes in the order of their names, the same in a run that was stopped and resumed."""
         ordered = sorted(present, key=lambda node_id: (self.hellos[node_id].name, node_id))
         size = min(len(ordered), max(self.min_nodes, round(len(ordered) * self.fraction_train)))
+        size = min(size, self.aggregator.max_clients or size)
         picked = np.random.default_rng([self.seed, server_round]).choice(len(ordered), size=size, replace=False)
         return [ordered[index] for index in sorted(picked)]
 
@@ -293,7 +303,14 @@ class OffsiteTuning(Strategy):
                 + "; ".join(f"{name}: {reason}" for name, reason in self.record.failures.items())
             )
         fit_selection(self.aggregator, num_replies=len(valid))
-        arrays, metrics = self.aggregator.strategy.aggregate_train(server_round, valid)
+        strategy = self.aggregator.strategy
+        arrays, metrics = strategy.aggregate_train(server_round, valid)
+        if isinstance(strategy, NoisedMean):
+            self.record.epsilon = strategy.epsilon
+            self.on_progress(
+                f"round {server_round}  noised mean of {len(valid)} clients' updates; so far epsilon "
+                f"{strategy.epsilon:.4g} at delta {self.aggregator.delta:g} for each client"
+            )
         if arrays is None:
             raise AggregationError(
                 f"Round {server_round}: {self.aggregator.strategy.__class__.__name__} gave no result."
@@ -329,6 +346,9 @@ class OffsiteTuning(Strategy):
         # Everything is checked: only now is anything of this reply counted.
         self.record.bytes_to_server += num_array_bytes(arrays)
         self.record.num_steps += num_steps
+        if self.aggregator.delta:
+            # Of the clients' data nothing is recorded but what leaves with noise.
+            num_examples, num_tokens, loss = 1, 0, None
         self.record.num_tokens += num_tokens
         self.record.num_examples += num_examples
         if loss is not None:

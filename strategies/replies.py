@@ -29,7 +29,7 @@ class RoundRecord:
         num_steps: Optimizer steps behind them, over all clients.
         num_tokens: Tokens that the clients processed.
         train_loss: Their mean training loss, weighted by examples, in nats per token; None where clients keep it.
-        epsilon: Largest epsilon that a client told of; None where none did.
+        epsilon: Largest epsilon that a client told of, or that of the run so far under client-level privacy; else None.
         bundle_bytes: Bytes of bundle shards sent.
         bytes_to_clients: Bytes of adapters sent to clients.
         bytes_to_server: Bytes of updates received in valid replies.

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import Error, Message
 from flwr.clientapp import ClientApp
 from safetensors.torch import load_file
 
@@ -127,6 +127,14 @@ def run_federation(directory: Path, model: Path, *, draw: bool = False, **argume
 def partition_of(reply: Message) -> int:
     """Return the number of the client that sent a reply."""
     return next(number for number in range(1000) if node_id_of(number) == reply.metadata.src_node_id)
+
+
+def crash(reply: Message) -> Message:
+    """Return what Flower reports when a ClientApp raised."""
+    error = Message(Error(code=2, reason="<class 'MemoryError'>"), reply_to=reply)
+    for name in ("_reply_to_message_id", "_src_node_id", "_dst_node_id"):  # those of the reply in whose place it is
+        error.metadata.__dict__[name] = reply.metadata.__dict__[name]
+    return error
 
 
 def is_train_reply(reply: Message, *, server_round: int | None = None, partition: int | None = None) -> bool:

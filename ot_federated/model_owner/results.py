@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ot_federated.cache import atomic_write_text
 from ot_federated.emulated_model import load_adapter, load_emulated_model
 from ot_federated.logs import logger
+from ot_federated.model_owner.client_privacy import ClientPrivacyBooks, describe_releases
 from ot_federated.model_owner.delivery import deliver_adapter, deliver_lora, deliver_model
 from ot_federated.model_owner.evaluation import format_rows, recovery, row_names, score_with_progress
 from ot_federated.model_owner.full_fine_tuning import fine_tune_full_model
@@ -17,6 +18,7 @@ from ot_federated.model_owner.full_model import load_full_model
 from ot_federated.model_owner.owner import Owner
 from ot_federated.model_owner.plug_in import plugged_in
 from ot_federated.model_owner.splitting import describe_split, package_versions
+from ot_federated.reporting.model_card import describe_privacy as describe_guarantee
 from ot_federated.reporting.model_card import render_model_card
 from ot_federated.reporting.plots import plot_rounds
 from ot_federated.sources import draw_rows, load_table
@@ -141,14 +143,27 @@ def finish(
     for line in format_rows(owner.rows):
         say(line)
     say(describe_outcome(summary))
+    if summary["privacy"]:
+        say("privacy: %s", describe_guarantee(summary["privacy"]))
+    if summary["federation"]["failed_clients"]:
+        logger.warning(describe_failures(summary["federation"]))
     say("adapter %s  model %s", digest[:16], run.path / "model")
 
 
 def describe_privacy(owner: Owner, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return what the run asked of its clients; what was really spent stands in their ledgers."""
+    """Return what the run asked of its clients, whose ledgers tell what was really spent, or what it spent itself."""
     privacy = owner.config.privacy
     if privacy.mode == "none":
         return None
+    if privacy.mode == "client":
+        books = ClientPrivacyBooks(owner.run.path, delta=privacy.target_delta)
+        return {
+            "mode": "client",
+            "target_epsilon": None if privacy.noise_multiplier else privacy.target_epsilon,
+            "update_norm": privacy.update_norm,
+            "adaptive_clipping": privacy.adaptive_clipping,
+            **describe_releases(books.releases, epsilon=books.epsilon(), delta=books.delta),
+        }
     reported = [line["epsilon"] for line in rounds if line.get("epsilon") is not None]
     return {
         **asdict(privacy),
@@ -158,6 +173,30 @@ def describe_privacy(owner: Owner, rounds: Sequence[Mapping[str, Any]]) -> dict[
         "accountant": "PLD, in each data owner's ledger, over all rounds and runs",
         "largest_epsilon_reported": max(reported, default=None),
     }
+
+
+def count_failures(rounds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return in how many rounds each client failed, and why the last time; the worst first."""
+    failures: dict[str, dict[str, Any]] = {}
+    for line in rounds:
+        for name, reason in line["failures"].items():
+            before = failures.get(name, {"num_rounds": 0})
+            failures[name] = {"num_rounds": before["num_rounds"] + 1, "last_reason": reason}
+    return dict(sorted(failures.items(), key=lambda item: -item[1]["num_rounds"]))
+
+
+def describe_failures(federation: Mapping[str, Any]) -> str:
+    """Return the warning that the result was made without some of the clients' updates."""
+    failed, shown = federation["failed_clients"], 3
+    named = [
+        f"{name} in {failure['num_rounds']} rounds (last: {failure['last_reason'][:200]})"
+        for name, failure in list(failed.items())[:shown]
+    ]
+    more = f"; and {len(failed) - shown} more, see summary.json" if len(failed) > shown else ""
+    return (
+        f"WARNING: {federation['num_failures']} updates are missing from the result, which {federation['num_replies']} "
+        f"replies in {federation['num_rounds']} rounds made: {'; '.join(named)}{more}"
+    )
 
 
 def describe_outcome(summary: Mapping[str, Any]) -> str:
@@ -204,6 +243,7 @@ def summarise(
             "num_rounds": len(rounds),
             "num_replies": replies,
             "num_failures": sum(len(line["failures"]) for line in rounds),
+            "failed_clients": count_failures(rounds),
         },
         "bytes": {
             "bundle_per_client": owner.manifest.num_bytes,

@@ -19,6 +19,7 @@ from ot_federated.emulated_model import load_emulated_model
 from ot_federated.errors import CheckpointError, OtFederatedError
 from ot_federated.logs import log_fields, logger, show_lines
 from ot_federated.model_owner.checkpoints import load_latest_checkpoint, save_checkpoint
+from ot_federated.model_owner.client_privacy import ClientPrivacyBooks, ClientRelease
 from ot_federated.model_owner.evaluation import score_with_progress
 from ot_federated.model_owner.owner import Owner, prepare
 from ot_federated.model_owner.plug_in import plugged_in
@@ -26,7 +27,8 @@ from ot_federated.model_owner.results import finish, score_end, score_start
 from ot_federated.reporting.prometheus import serve_metrics
 from ot_federated.reporting.run_directory import RunDirectory, failure_file, summary_file
 from ot_federated.tuning import prepare_tuning, start_state
-from strategies.aggregators import aggregator_state, build_aggregator, restore_aggregator
+from strategies.aggregators import Aggregator, aggregator_state, build_aggregator, restore_aggregator
+from strategies.client_level_privacy import describe_noise, protect_clients
 from strategies.conversation import BundleSource
 from strategies.offsite_tuning import OffsiteTuning
 from strategies.replies import RoundRecord, record_tensors, tensors_record
@@ -112,6 +114,10 @@ def build_strategy(owner: Owner) -> tuple[OffsiteTuning, ArrayRecord]:
     reference = start_state(parameters, read_tensors(owner.bundle / "adapter.safetensors"), owner.tuning)
     adapter, last_round = reference, 0
     checkpoint = load_latest_checkpoint(owner.run.path / "checkpoints") if config.resume else None
+    if config.privacy.mode == "client":
+        num_parameters = sum(tensor.numel() for tensor in reference.values())
+        done = checkpoint.server_round if checkpoint else 0
+        aggregator = put_behind_privacy(owner, aggregator, num_parameters=num_parameters, last_round=done)
     if checkpoint is not None:
         if checkpoint.bundle_digest != owner.manifest.digest:
             raise CheckpointError(
@@ -153,6 +159,41 @@ def build_strategy(owner: Owner) -> tuple[OffsiteTuning, ArrayRecord]:
         on_round=save_round,
     )
     return strategy, tensors_record(adapter)
+
+
+def put_behind_privacy(owner: Owner, aggregator: Aggregator, *, num_parameters: int, last_round: int) -> Aggregator:
+    """Return the aggregator behind client-level privacy, with this run's books."""
+    privacy = owner.config.privacy
+    books = ClientPrivacyBooks(owner.run.path, delta=privacy.target_delta)
+    books.check_rounds(last_round)
+    noise_multiplier = books.plan_noise(
+        noise_multiplier=privacy.noise_multiplier,
+        target_epsilon=privacy.target_epsilon,
+        num_rounds=owner.config.num_server_rounds - last_round,
+    )
+
+    def pay(server_round: int, clipping_norm: float) -> float:
+        release = ClientRelease(
+            server_round=server_round,
+            noise_multiplier=noise_multiplier,
+            clipping_norm=clipping_norm,
+            clients_per_round=privacy.clients_per_round,
+        )
+        return books.pay(release)
+
+    protected = protect_clients(
+        aggregator,
+        noise_multiplier=noise_multiplier,
+        delta=privacy.target_delta,
+        update_norm=privacy.update_norm,
+        adaptive_clipping=privacy.adaptive_clipping,
+        target_quantile=privacy.target_quantile,
+        quantile_learning_rate=privacy.quantile_learning_rate,
+        clients_per_round=privacy.clients_per_round,
+        before_release=pay,
+    )
+    say(describe_noise(protected, num_parameters=num_parameters))
+    return protected
 
 
 def evaluate_round(owner: Owner, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:

@@ -10,6 +10,13 @@ def describe_privacy(privacy: Mapping[str, Any] | None) -> str:
     """Return the guarantee in one line, with all that gives an epsilon its meaning."""
     if privacy is None:
         return "no differential privacy: the adapter may tell of the training data"
+    if privacy["mode"] == "client":
+        return (
+            f"client-level, for this run: epsilon {privacy['epsilon']:.4g} at delta {privacy['delta']:g} for one "
+            f"{privacy['unit']} ({privacy['adjacency']}; sampling {privacy['sampling']}), by {privacy['num_releases']} "
+            f"noised sums; trusted: {privacy['trusted']}; who took part is not hidden; accounted by "
+            f"{privacy['accountant']}"
+        )
     noise = privacy["noise_multiplier"]
     asked = f"noise multiplier {noise:g}" if noise else f"epsilon {privacy['target_epsilon']:g} for this run"
     return (

@@ -5,6 +5,8 @@
     run_config.json   every key with its value
     run_id            names the run to the data owners
     metrics.jsonl     one line a round
+    client_privacy.jsonl
+                      one line for each noised sum of updates, under privacy.mode=client
     checkpoints/      one directory a round
     adapter/ model/   what is delivered
     rounds.png        loss and accuracy by round
@@ -80,8 +82,10 @@ class RunDirectory:
             raise CheckpointError(f"{existing} is damaged ({error}): this run cannot be continued safely.") from error
         if not isinstance(before, dict):
             raise CheckpointError(f"{existing} is damaged (it holds no table): this run cannot be continued safely.")
+        # Its noise is the server's own: a run whose budget went into rounds that a crash repeated may go on with more.
+        free = (*free_keys, *(["privacy.target-epsilon"] if before.get("privacy.mode") == "client" else []))
         for name, value in flat_config.items():
-            if name not in free_keys and not name.startswith("evaluation.") and before.get(name) != value:
+            if name not in free and not name.startswith("evaluation.") and before.get(name) != value:
                 raise CheckpointError(
                     f"resume=true with {name}={value!r}, but the run in {existing.parent} has {before.get(name)!r}. "
                     f"Set {name}={before.get(name)!r}, or start a new run in another directory."

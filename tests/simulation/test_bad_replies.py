@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 
 from ot_federated.errors import OtFederatedError, ProtocolError
 from ot_federated.messages import arrays_key, config_key, metrics_key
 from strategies.offsite_tuning import AggregationError
 from strategies.replies import count_metric
-from tests.federations import Federation, is_train_reply, partition_of, prepare_federation, run_federation, start
+from tests.federations import Federation, crash, is_train_reply, partition_of, prepare_federation, run_federation, start
 
 Spoil = Callable[[Message], "Message | None"]
 
@@ -76,14 +76,6 @@ def drop_record(name: str) -> Spoil:
         del reply.content[name]
 
     return spoil
-
-
-def crash(reply: Message) -> Message:
-    """Return what Flower reports when a ClientApp raised."""
-    error = Message(Error(code=2, reason="<class 'MemoryError'>"), reply_to=reply)
-    for name in ("_reply_to_message_id", "_src_node_id", "_dst_node_id"):  # those of the reply in whose place it is
-        error.metadata.__dict__[name] = reply.metadata.__dict__[name]
-    return error
 
 
 # What a client does to its reply, and what the server then says of it.

@@ -146,7 +146,14 @@ def test_summary_has_exactly_the_keys_of_the_interface(delivered: Federation) ->
         }
         assert row["num_examples"] == 4
     assert summary["recovery"].keys() == {"loss", "accuracy"}
-    assert summary["federation"].keys() == {"engine", "num_clients", "num_rounds", "num_replies", "num_failures"}
+    assert summary["federation"].keys() == {
+        "engine",
+        "num_clients",
+        "num_rounds",
+        "num_replies",
+        "num_failures",
+        "failed_clients",
+    }
     assert summary["bytes"].keys() == {"bundle_per_client", "update_per_client_round", "full_model"}
     assert summary["seconds"].keys() == {"total", "setup", "rounds"}
 
