@@ -291,7 +291,9 @@ class RunConfig:
     num_server_rounds: int = setting(3, "Rounds of the federation.", minimum=1)
     seed: int = setting(0, "Everything random but privacy noise derives from it.", minimum=0)
     output_dir: str = setting("", "Directory of the run; empty: runs/<UTC time>.")
-    resume: bool = setting(False, "Continue the run in output-dir from its last checkpoint; privacy noise is drawn anew.")
+    resume: bool = setting(
+        False, "Continue the run in output-dir from its last checkpoint; privacy noise is drawn anew."
+    )
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -14,7 +14,7 @@ from flwr.app import Message
 
 from ot_federated.config import parse_run_config
 from ot_federated.errors import ConfigError
-from ot_federated.messages import metrics_key
+from ot_federated.messages import arrays_key, metrics_key
 from ot_federated.model_owner import server_app
 from ot_federated.model_owner.client_privacy import ClientPrivacyBooks, ClientPrivacyError
 from ot_federated.privacy_accounting import Mechanism, epsilon_of
@@ -155,6 +155,24 @@ def test_a_missing_reply_and_untrue_counts_scale_nothing_up(llama_directory: Pat
     assert distance(spoilt, still) > 0
     for name, base in still.adapter.items():
         torch.testing.assert_close(spoilt.adapter[name] - base, 2 * (halved.adapter[name] - base), atol=1e-6, rtol=1e-3)
+
+
+def test_a_client_that_did_nothing_has_an_update_of_zero(llama_directory: Path, tmp_path: Path) -> None:
+    """What travels is rounded to 16 bits: the rounding is not the client's doing, and must not use up its norm."""
+    seen = []
+    aggregate = client_level_privacy.NoisedMean.aggregate_train
+
+    def spy(self: Any, server_round: int, replies: Any) -> Any:
+        for reply in replies:
+            for name, array in reply.content.array_records[arrays_key].items():
+                seen.append(np.array_equal(array.numpy(), self.current_arrays[name].numpy()))
+        return aggregate(self, server_round, replies)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client_level_privacy.NoisedMean, "aggregate_train", spy)
+        run(tmp_path, llama_directory, settings={"train.learning-rate": 1e-12})
+    assert len(seen) > 0
+    assert all(seen)
 
 
 @pytest.mark.parametrize("name", ["fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedprox"])
