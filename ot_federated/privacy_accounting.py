@@ -1,9 +1,11 @@
 """How much privacy a history of noised training costs: (epsilon, delta) by privacy loss distributions.
 
-Unit: what the noise hides, one example (DP-SGD) or one client (client-level privacy at the server). Adjacency: add
-or remove one. Mechanism: Poisson-subsampled Gaussian, composed over every step of every round and run. Composition of privacy loss distributions (PLD) after Koskela, Jälkö and Honkela, "Computing
-Tight Differential Privacy Guarantees Using FFT", AISTATS 2020 (https://arxiv.org/abs/1906.03049); discretised by "connect the dots", Doroshenko et al., PoPETs 2022 (https://arxiv.org/abs/2207.04380), as
-``dp_accounting`` implements both. This is the only module that imports it.
+Unit: what the noise hides, one example (DP-SGD) or one client (client-level privacy at the server). Adjacency: add or
+remove one. Mechanism: Poisson-subsampled Gaussian, composed over every step of every round and run. Composition of
+privacy loss distributions (PLD) after Koskela, Jälkö and Honkela, "Computing Tight Differential Privacy Guarantees
+Using FFT", AISTATS 2020 (https://arxiv.org/abs/1906.03049); discretised by "connect the dots", Doroshenko et al.,
+PoPETs 2022 (https://arxiv.org/abs/2207.04380), as ``dp_accounting`` implements both. This is the only module that
+imports it.
 
 Without sampling (a rate of 1 throughout) the answer is exact: Gaussian mechanisms compose into one, and its epsilon is
 that of Balle and Wang, "Improving the Gaussian Mechanism for Differential Privacy", ICML 2018
