@@ -306,7 +306,7 @@ class OffsiteTuning(Strategy):
         strategy = self.aggregator.strategy
         arrays, metrics = strategy.aggregate_train(server_round, valid)
         if isinstance(strategy, NoisedMean):
-            self.record.epsilon = strategy.epsilon
+            self.record.epsilon, self.record.delta = strategy.epsilon, self.aggregator.delta
             self.on_progress(
                 f"round {server_round}  noised mean of {len(valid)} clients' updates; so far epsilon "
                 f"{strategy.epsilon:.4g} at delta {self.aggregator.delta:g} for each client"
@@ -356,9 +356,15 @@ class OffsiteTuning(Strategy):
             self.record.train_loss = (
                 loss if self.record.train_loss is None else ((1 - share) * self.record.train_loss + share * loss)
             )
-        epsilon = metrics.get("epsilon")
-        if isinstance(epsilon, float) and math.isfinite(epsilon):
-            self.record.epsilon = max(epsilon, self.record.epsilon or 0.0)
+        epsilon, delta = metrics.get("epsilon"), metrics.get("delta")
+        # Without its delta an epsilon means nothing.
+        if (
+            isinstance(epsilon, float)
+            and isinstance(delta, float)
+            and math.isfinite(epsilon + delta)
+            and epsilon > (self.record.epsilon or 0.0)
+        ):
+            self.record.epsilon, self.record.delta = epsilon, delta
         whole = RecordDict({arrays_key: tensors_record(weights)})
         whole[metrics_key] = MetricRecord({"num-examples": num_examples})
         reply.content = whole

@@ -86,6 +86,7 @@ def count_rounds(registry: Any, *, run: str) -> Tell:
     texts = {
         "train_loss": "The clients' mean training loss in nats per token",
         "epsilon": "Largest epsilon that a client told of",
+        "delta": "The delta of that epsilon",
         "plug_in_loss": "The plug-in's loss per token on the owner's validation data",
         "plug_in_accuracy": "Its accuracy",
     }

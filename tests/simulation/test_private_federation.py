@@ -72,6 +72,20 @@ def test_nothing_of_the_data_but_the_noised_update_leaves(tmp_path: Path, llama_
         assert set(config) == {"wire-version", "status", "bundle-digest", "server-round"}
 
 
+def test_an_epsilon_that_is_told_is_told_with_its_delta(tmp_path: Path, llama_directory: Path) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text('reply-fields = ["epsilon"]\ndelta = 1e-4\nmax-epsilon = 20\n')
+    federation = start(tmp_path, llama_directory, node_config={"policy": str(policy)})
+    run(federation)
+    ledgers = [PrivacyLedger.open(ledger_root(), dataset_id=dataset) for dataset in list_ledgers(ledger_root())]
+    # At the policy's delta, which is not the one that the server plans with.
+    largest = {"epsilon": max(ledger.epsilon(delta=1e-4) for ledger in ledgers), "delta": 1e-4}
+    assert {key: federation.rounds[2][key] for key in largest} == largest
+    shown = federation.summary["privacy"]
+    assert shown["largest_reported"] == largest
+    assert (shown["unit"], shown["adjacency"], shown["sampling"]) == ("example", "add-remove-one", "poisson")
+
+
 def test_a_round_asked_for_twice_costs_nothing_and_shows_nothing_new(tmp_path: Path, llama_directory: Path) -> None:
     settings = {"num-server-rounds": 1}
     first = start(tmp_path, llama_directory, settings=settings)
