@@ -111,9 +111,11 @@ class OffsiteTuning(Strategy):
 
     def summary(self) -> None:
         """Log the strategy's settings."""
+        strategy = self.aggregator.strategy
+        wrapped = getattr(strategy, "strategy", None)
         logger.info(
             "%s on adapters, at least %d nodes and %d valid replies; bundle %s, %.1f MB; updates travel as %s",
-            type(self.aggregator.strategy).__name__,
+            f"{type(wrapped).__name__} behind {type(strategy).__name__}" if wrapped else type(strategy).__name__,
             self.min_nodes,
             self.min_replies,
             self.source.digest[:12],

@@ -103,6 +103,7 @@ def test_the_guarantee_is_told_with_all_that_gives_it_a_meaning(
         for part in (f"epsilon {shown['epsilon']:.4g} at delta 1e-05", shown["adjacency"], "trusted: the server"):
             assert part in text
     assert any("4 clients a round" in line and "privacy.mode=example" in line for line in lines)
+    assert any("FedAvg behind FixedClipping on adapters" in line for line in lines)
     told = [line["epsilon"] for number, line in federation.rounds.items() if number > 0]
     assert told == pytest.approx([gaussian(count) for count in (1, 2, 3)], abs=1e-6)
     assert [release.server_round for release in books_of(tmp_path).releases] == [1, 2, 3]
