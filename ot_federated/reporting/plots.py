@@ -49,10 +49,7 @@ def plot_rounds(metrics: Sequence[Mapping[str, Any]], path: Path, *, title: str)
     # Below the axes, where no curve can run through it.
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(title, fontsize=10)
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, dpi=150, format="png")
-    pyplot.close(figure)
-    partial.replace(path)
+    save_figure(figure, path)
 
 
 def _draw(axis: Any, rounds: Sequence[int], scores: Sequence[Mapping[str, Any]], measure: str, label: str) -> None:
@@ -62,3 +59,38 @@ def _draw(axis: Any, rounds: Sequence[int], scores: Sequence[Mapping[str, Any]],
     axis.fill_between(
         rounds, [low for low, _ in intervals], [high for _, high in intervals], alpha=0.15, label="95 % interval"
     )
+
+
+def plot_roc(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path, *, title: str) -> None:
+    """Draw ROC curves on logarithmic axes, where attacks on a few members show.
+
+    Args:
+        curves: False and true positive rates by the attack's name.
+        path: The PNG to write.
+        title: The figure's title.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(5, 4.4), layout="constrained")
+    for name, (false_positives, true_positives) in curves.items():
+        axis.step(false_positives, true_positives, where="post", label=name)
+    smallest = 1e-3
+    axis.plot([smallest, 1], [smallest, 1], ":", color="tab:grey", label="chance")
+    axis.set(xscale="log", yscale="log", xlim=(smallest, 1), ylim=(smallest, 1))
+    axis.set(xlabel="false positive rate", ylabel="true positive rate", title=title)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all, and close it."""
+    from matplotlib import pyplot
+
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, dpi=150, format="png")
+    pyplot.close(figure)
+    partial.replace(path)
