@@ -164,14 +164,16 @@ def describe_privacy(owner: Owner, rounds: Sequence[Mapping[str, Any]]) -> dict[
             "adaptive_clipping": privacy.adaptive_clipping,
             **describe_releases(books.releases, epsilon=books.epsilon(), delta=books.delta),
         }
-    reported = [{key: line[key] for key in ("epsilon", "delta")} for line in rounds if line.get("epsilon") is not None]
+    reported = [(line["epsilon"], line["delta"]) for line in rounds if line.get("epsilon") is not None]
+    epsilon, delta = max(reported, default=(None, None))
     return {
         **asdict(privacy),
         "unit": "example",
         "adjacency": "add-remove-one",
         "sampling": "poisson",
         "accountant": "PLD, in each data owner's ledger, over all rounds and runs",
-        "largest_reported": max(reported, key=lambda told: told["epsilon"], default=None),
+        "largest_epsilon_reported": epsilon,
+        "largest_epsilon_reported_at_delta": delta,
     }
 
 

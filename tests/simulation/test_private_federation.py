@@ -82,7 +82,8 @@ def test_an_epsilon_that_is_told_is_told_with_its_delta(tmp_path: Path, llama_di
     largest = {"epsilon": max(ledger.epsilon(delta=1e-4) for ledger in ledgers), "delta": 1e-4}
     assert {key: federation.rounds[2][key] for key in largest} == largest
     shown = federation.summary["privacy"]
-    assert shown["largest_reported"] == largest
+    assert shown["largest_epsilon_reported"] == largest["epsilon"]
+    assert shown["largest_epsilon_reported_at_delta"] == largest["delta"]
     assert (shown["unit"], shown["adjacency"], shown["sampling"]) == ("example", "add-remove-one", "poisson")
 
 
