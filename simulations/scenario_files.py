@@ -101,7 +101,7 @@ def load_scenario(name: str, *, directory: Path = scenario_dir) -> Scenario:
         raise ConfigError(f'{path.name} needs a description = "..." of one line, for --list.')
     keys = list_all_keys()
     settings = {}
-    for key, value in _flatten(table, ""):
+    for key, value in flatten_table(table):
         if key not in keys:
             raise ConfigError(f"{path.name} sets {key!r}, which is not a key{nearest_match(key, keys)}.")
         try:
@@ -111,9 +111,10 @@ def load_scenario(name: str, *, directory: Path = scenario_dir) -> Scenario:
     return Scenario(name=name, description=description.strip(), settings=settings)
 
 
-def _flatten(table: Mapping[str, object], prefix: str) -> Iterator[tuple[str, object]]:
+def flatten_table(table: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the values of a TOML table and of those in it, by dotted keys."""
     for name, value in table.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten_table(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

@@ -7,7 +7,7 @@ to nobody but the data owner.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,7 +110,7 @@ def audit_data_owner(
     members = [candidate for candidate, is_in in zip(candidates, included, strict=True) if is_in]
     data = [examples[index] for index in order[num_candidates:]] + members
     noise = find_noise(training, num_examples=len(data), sample_rate=min(1.0, training.batch_size / len(data)))
-    reset(tunable)
+    reset(tunable, tunable.reference)
     before = measure_signals(tunable.model, candidates)
     run_training(tunable, data, training, noise_multiplier=noise, seed=seed, on_step=on_step)
     after = measure_signals(tunable.model, candidates)
@@ -170,11 +170,11 @@ def claim(training: Training, noise_multiplier: float, *, num_examples: int) -> 
     return epsilon_of([mechanism], delta=training.privacy.target_delta)
 
 
-def reset(tunable: TunableModel) -> None:
-    """Give what trains its start values back."""
+def reset(tunable: TunableModel, values: Mapping[str, torch.Tensor]) -> None:
+    """Give what trains these values, by role name."""
     with torch.no_grad():
         for name, parameter in tunable.parameters.items():
-            parameter.copy_(tunable.reference[name])
+            parameter.copy_(values[name])
 
 
 def run_training(
@@ -250,7 +250,7 @@ def audit_tokens(
         optimizer=replace(training.optimizer, warmup_fraction=0.0, weight_decay=0.0),
     )
     weights = run_training(tunable, examples, few_steps, noise_multiplier=noise_multiplier, seed=seed)
-    reset(tunable)
+    reset(tunable, tunable.reference)
     layers = first_attention_layers(tunable.model, tunable.parameters, is_input=reads_embeddings)
     update = {name: (weights[name] - tunable.reference[name]).float() for name in layers}
     if not any(bool(change.abs().max() > 0) for change in update.values()):

@@ -94,3 +94,50 @@ def save_figure(figure: Any, path: Path) -> None:
     figure.savefig(partial, dpi=150, format="png")
     pyplot.close(figure)
     partial.replace(path)
+
+
+Series = Mapping[str, Sequence[tuple[float | None, float, float, float]]]
+
+
+def plot_against_epsilon(panels: Sequence[tuple[str, Series, float | None, str]], path: Path, *, claim: bool) -> None:
+    """Draw measures against the target epsilon, with their intervals over seeds.
+
+    Args:
+        panels: For each panel: the measure's name; by the line's name its points (epsilon, None for no privacy; mean;
+            interval); a reference value or None, and its name.
+        path: The PNG to write.
+        claim: Draw the line on which a bound equals the claim.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import PercentFormatter
+
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(4.6 * len(panels), 4.0), squeeze=False, layout="constrained"
+    )
+    for axis, (measure, lines, reference, reference_name) in zip(axes[0], panels, strict=True):
+        ticks = sorted({point[0] for points in lines.values() for point in points}, key=_epsilon_order)
+        for index, (name, points) in enumerate(lines.items()):
+            # Side by side where lines meet, so that every interval can be seen.
+            places = [ticks.index(point[0]) + 0.04 * (index - (len(lines) - 1) / 2) for point in points]
+            means = [point[1] for point in points]
+            errors = [[m - p[2] for m, p in zip(means, points, strict=True)], [p[3] - p[1] for p in points]]
+            axis.errorbar(places, means, yerr=errors, marker="o", capsize=3, label=name)
+        if claim:
+            claimed = [(place, epsilon) for place, epsilon in enumerate(ticks) if epsilon is not None]
+            axis.plot(*zip(*claimed, strict=True), "k--", label="claimed epsilon") if claimed else None
+        if reference is not None:
+            axis.axhline(reference, linestyle=":", color="tab:grey", label=reference_name)
+        axis.set_xticks(range(len(ticks)), ["none" if tick is None else f"{tick:g}" for tick in ticks])
+        axis.set(xlabel="epsilon", ylabel=measure)
+        if "accuracy" in measure:
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def _epsilon_order(epsilon: float | None) -> float:
+    return float("inf") if epsilon is None else epsilon
