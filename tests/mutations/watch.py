@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     lines = [line.removeprefix("E").strip() for line in report.longreprtext.splitlines() if line.startswith("E ")]
     reason = (lines or report.longreprtext.splitlines()[-1:] or [""])[0]
     # A machine's directories say nothing to others.
-    seen["reason"] = re.sub(r"(/[\w.+-]+){2,}/", ".../", reason)[:200]
+    seen["reason"] = re.sub(r"(/[\w.+-]+){2,}/", ".../", reason).replace(tempfile.gettempdir(), "...")[:200]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
