@@ -227,19 +227,12 @@ def attack(directory: Path, settings: Mapping[str, Scalar], summary: Mapping[str
     from ot_federated.data_owner.fine_tuning import load_model_once, load_tokenizer_once
     from ot_federated.devices import choose_device
     from ot_federated.model_owner.checkpoints import load_latest_checkpoint
-    from ot_federated.tasks.registry import build_task
+    from ot_federated.tasks.registry import build_configured_task
     from ot_federated.tuning import build_tuning
 
     config = parse_run_config({key: value for key, value in settings.items() if key not in simulation_keys})
     bundle = find_bundle(str(summary["offsite"]["bundle_digest"]))
-    task = build_task(
-        config.task.name,
-        load_tokenizer_once(str(bundle)),
-        columns=config.columns,
-        max_length=config.data.max_length,
-        label_words=config.task.label_words,
-        prompt=config.task.prompt,
-    )
+    task = build_configured_task(config, load_tokenizer_once(str(bundle)))
     coins = json.loads((directory / "train" / "coins.json").read_text(encoding="utf-8"))
     examples, included = task.encode(coins["candidates"]), np.array(coins["included"], dtype=bool)
     tunable = load_model_once(str(bundle), choose_device(config.model.device), build_tuning(config))

@@ -8,12 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ot_federated.commands.base import write_out
-from ot_federated.errors import ConfigError
+from ot_federated.commands.audit_model import add_model
+from ot_federated.commands.base import parse_settings, write_out
 
 if TYPE_CHECKING:
     from ot_federated.commands.base import Subparsers
-    from ot_federated.settings import Scalar
 
 data_help = """Rehearse a run on this machine with your own data, and attack the result as the model owner could.
 
@@ -27,10 +26,11 @@ privacy.mode=example."""
 
 
 def add_commands(subparsers: Subparsers) -> None:
-    """Add ``audit data``."""
+    """Add ``audit data`` and ``audit model``."""
     audit = subparsers.add_parser("audit", help="measure what the other party could learn, before anything is sent")
     commands = audit.add_subparsers(metavar="COMMAND", required=True)
     add_data(commands)
+    add_model(commands)
 
 
 def add_data(commands: Subparsers) -> None:
@@ -71,7 +71,7 @@ def audit_data(parsed: argparse.Namespace) -> int:
     from ot_federated.data_owner.private_tuning import PrivacySettings
     from ot_federated.devices import choose_device
     from ot_federated.sources import load_table
-    from ot_federated.tasks.registry import build_task
+    from ot_federated.tasks.registry import build_configured_task
     from ot_federated.training import build_optimizer_settings, plan_round
     from ot_federated.tuning import build_tuning
 
@@ -80,14 +80,7 @@ def audit_data(parsed: argparse.Namespace) -> int:
     rows = load_table(parsed.data, split="train", columns=list(config.columns.values()))
     if parsed.max_examples:
         rows = rows.select(range(min(parsed.max_examples, rows.num_rows)))
-    task = build_task(
-        config.task.name,
-        load_tokenizer_once(str(parsed.bundle)),
-        columns=config.columns,
-        max_length=config.data.max_length,
-        label_words=config.task.label_words,
-        prompt=config.task.prompt,
-    )
+    task = build_configured_task(config, load_tokenizer_once(str(parsed.bundle)))
     examples = task.encode(rows)
     steps = config.num_server_rounds * plan_round(
         num_examples=len(examples) - parsed.candidates // 2,
@@ -140,26 +133,6 @@ def advance(bar: Any, step: int) -> None:
     """Move the bar on to a step of the rehearsal; the few steps behind the token search do not move it back."""
     if step > bar.n:
         bar.update(step - bar.n)
-
-
-def parse_settings(words: list[str]) -> dict[str, Scalar]:
-    """Return ``key=value`` words as run-config settings; values are read as TOML, else as text.
-
-    Raises:
-        ConfigError: If a word has no ``=``.
-    """
-    import tomllib
-
-    settings: dict[str, Scalar] = {}
-    for word in words:
-        key, separator, text = word.partition("=")
-        if not separator:
-            raise ConfigError(f"{word!r} is not key=value, such as privacy.mode=example.")
-        try:
-            settings[key] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            settings[key] = text
-    return settings
 
 
 def describe_claim(report: dict[str, Any]) -> str:

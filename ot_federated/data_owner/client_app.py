@@ -143,7 +143,7 @@ def read_assignment(message: Message, context: Context, directory: Path) -> Assi
     from ot_federated.data_owner.local_data import load_local_rows
     from ot_federated.data_owner.policy import default_policy, load_policy
     from ot_federated.devices import choose_device
-    from ot_federated.tasks.registry import build_task
+    from ot_federated.tasks.registry import build_configured_task
     from ot_federated.training import build_optimizer_settings
     from ot_federated.tuning import build_tuning
 
@@ -166,14 +166,7 @@ def read_assignment(message: Message, context: Context, directory: Path) -> Assi
         seed=config.seed,
     )
     tokenizer = load_tokenizer_once(str(directory))
-    task = build_task(
-        config.task.name,
-        tokenizer,
-        columns=columns,
-        max_length=config.data.max_length,
-        label_words=config.task.label_words,
-        prompt=config.task.prompt,
-    )
+    task = build_configured_task(config, tokenizer)
     examples = task.encode(rows)
     if not examples:
         raise DataError("This client's shard has no example to train on: give it more data, or use fewer clients.")

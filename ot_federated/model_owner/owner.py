@@ -23,7 +23,7 @@ from ot_federated.package_assets import is_package_source
 from ot_federated.reporting.run_directory import RunDirectory
 from ot_federated.sources import is_local_source, list_files, load_table
 from ot_federated.tasks.base import Row, Score, Task
-from ot_federated.tasks.registry import build_task, task_fields
+from ot_federated.tasks.registry import build_configured_task, build_task, task_fields
 from ot_federated.tuning import Tuning, build_tuning, merge, uses_conv1d
 
 if TYPE_CHECKING:
@@ -67,48 +67,62 @@ def prepare(config: RunConfig, run: RunDirectory) -> Owner:
     validation = load_table(config.data.validation, split="validation", columns=list(columns.values()))
     test = load_table(config.data.test, split="test", columns=list(columns.values()))
     check_train_data(config)
-    device = choose_device(config.model.device)
-    dtype = choose_dtype(config.model.dtype, device=device)
-    say("loading %s in %s on %s", config.model.source, str(dtype).removeprefix("torch."), device)
-    model, tokenizer = load_full_model(config.model.source, revision=config.model.revision, dtype=dtype, device=device)
-    check_positions(model.config, max_length=config.data.max_length)
-    task = build_task(
-        config.task.name,
-        tokenizer,
-        columns=columns,
-        max_length=config.data.max_length,
-        label_words=config.task.label_words,
-        prompt=config.task.prompt,
-    )
-    offsite = config.offsite
-    bundle, manifest = prepare_bundle(
-        model,
-        tokenizer,
-        bottom=offsite.bottom_blocks,
-        emulator=offsite.emulator_blocks,
-        top=offsite.top_blocks,
-        keep=offsite.keep,
-        gaps=offsite.gaps,
-        read_public_text=lambda: read_public_text(config, task, tokenizer),
-        calibration_tokens=offsite.calibration_tokens,
-        ridge=offsite.bridge_ridge,
-        recipe=bundle_recipe(config, dtype) | {"commit": getattr(model.config, "_commit_hash", None)},
-        say=say,
-    )
+    parts = load_parts(config)
+    bundle, manifest = make_bundle(config, parts)
     return Owner(
         config=config,
         run=run,
-        model=model,
-        tokenizer=tokenizer,
-        task=task,
-        device=device,
-        dtype=dtype,
+        model=parts.model,
+        tokenizer=parts.tokenizer,
+        task=parts.task,
+        device=parts.device,
+        dtype=parts.dtype,
         bundle=bundle,
         manifest=manifest,
         validation=choose_rows(
             validation, max_examples=evaluation.max_validation_examples, seed=config.seed, contiguous=is_text
         ),
         test=choose_rows(test, max_examples=evaluation.max_examples, seed=config.seed, contiguous=is_text),
+    )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The full model, and what goes with it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    device: str
+    dtype: torch.dtype
+
+
+def load_parts(config: RunConfig) -> Parts:
+    """Load the full model and build its task."""
+    device = choose_device(config.model.device)
+    dtype = choose_dtype(config.model.dtype, device=device)
+    say("loading %s in %s on %s", config.model.source, str(dtype).removeprefix("torch."), device)
+    model, tokenizer = load_full_model(config.model.source, revision=config.model.revision, dtype=dtype, device=device)
+    check_positions(model.config, max_length=config.data.max_length)
+    return Parts(model, tokenizer, build_configured_task(config, tokenizer), device, dtype)
+
+
+def make_bundle(config: RunConfig, parts: Parts) -> tuple[Path, Manifest]:
+    """Return the directory and the manifest of the bundle that a run sends."""
+    offsite = config.offsite
+    return prepare_bundle(
+        parts.model,
+        parts.tokenizer,
+        bottom=offsite.bottom_blocks,
+        emulator=offsite.emulator_blocks,
+        top=offsite.top_blocks,
+        keep=offsite.keep,
+        gaps=offsite.gaps,
+        read_public_text=lambda: read_public_text(config, parts.task, parts.tokenizer),
+        calibration_tokens=offsite.calibration_tokens,
+        ridge=offsite.bridge_ridge,
+        recipe=bundle_recipe(config, parts.dtype) | {"commit": getattr(parts.model.config, "_commit_hash", None)},
+        say=say,
     )
 
 

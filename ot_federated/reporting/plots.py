@@ -141,3 +141,35 @@ def plot_against_epsilon(panels: Sequence[tuple[str, Series, float | None, str]]
 
 def _epsilon_order(epsilon: float | None) -> float:
     return float("inf") if epsilon is None else epsilon
+
+
+def plot_recovery(attacks: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Draw what recovery attacks closed of the emulator's distance from the full model, against their budget.
+
+    Args:
+        attacks: Results with ``attack``, ``budget`` in tokens and ``recovered``, by the emulator's name.
+        path: The PNG to write.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import PercentFormatter
+
+    figure, axes = pyplot.subplots(
+        1, len(attacks), figsize=(4.4 * len(attacks) + 1, 4.2), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axis, (emulator, results) in zip(axes[0], attacks.items(), strict=True):
+        for name in dict.fromkeys(result["attack"] for result in results):
+            of_attack = [r for r in results if r["attack"] == name]
+            shares = [r["recovered"]["public_loss"] for r in of_attack]
+            # None, where there is nothing to recover, is a gap.
+            heights = [float("nan") if share is None else share for share in shares]
+            axis.plot([r["budget"] for r in of_attack], heights, "o-", label=name)
+        axis.axhline(0, linestyle=":", color="tab:grey")
+        axis.set(xlabel="tokens trained on", title=emulator)
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("recovered of the loss on public text")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    save_figure(figure, path)

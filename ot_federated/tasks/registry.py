@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from ot_federated.config import RunConfig
 from ot_federated.errors import ConfigError, nearest_match
 from ot_federated.label_words import check_prompt, parse_label_words
 from ot_federated.tasks.base import Task
@@ -65,3 +66,15 @@ def build_task(
             max_length=max_length,
         )
     raise ConfigError(f"task.name={name!r} is unknown{nearest_match(name, task_fields)}.")
+
+
+def build_configured_task(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """Build the task of a run config."""
+    return build_task(
+        config.task.name,
+        tokenizer,
+        columns=config.columns,
+        max_length=config.data.max_length,
+        label_words=config.task.label_words,
+        prompt=config.task.prompt,
+    )
