@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise MistakeError(f"no mistake has {parsed.only!r} in its row or name")
         for mistake in chosen:
             mistake.mutate((root / mistake.file).read_text(encoding="utf-8"))
-        known = {} if parsed.fresh else read_results(parsed.output)
-        left = [mistake for mistake in chosen if not is_known(mistake, known)]
+        known = read_results(parsed.output)
+        left = [mistake for mistake in chosen if parsed.fresh or not is_known(mistake, known)]
         check_unchanged_tree(left)
         for mistake in chosen:
             if mistake in left:

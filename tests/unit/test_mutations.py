@@ -44,6 +44,12 @@ def test_mistakes_are_found_and_written_down(tmp_path: Path, capsys: pytest.Capt
     assert main(words) == 0
     assert "on the unchanged tree" not in capsys.readouterr().out
     assert json.loads(output.read_text())["mistakes"] == [entry]
+    assert main([*words, "--fresh"]) == 0
+    assert "on the unchanged tree" in capsys.readouterr().out
+    # What was not chosen stays.
+    assert main(["--only", "the unit may be empty", "--fresh", "--output", str(output)]) == 0
+    names = [other["name"] for other in json.loads(output.read_text())["mistakes"]]
+    assert names == ["delta has a default", "the unit may be empty"]
 
 
 @pytest.mark.parametrize("name", ["the ledger is not flushed to the disk", "more steps"])
