@@ -148,7 +148,7 @@ def test_weights_are_equal_whatever_num_examples_says(pay) -> None:
 @pytest.mark.parametrize("norm", [1e-3, 0.5, 1e3])
 @pytest.mark.parametrize("left_out", [0, 5, 9])
 def test_one_client_moves_the_released_sum_by_at_most_the_norm(pay, norm: float, left_out: int) -> None:
-    """Nine clients pull one way, and one the other: were the sum divided by the replies, it would move by twice that."""
+    """Nine clients pull one way, one the other: were the sum divided by the replies, it would move by twice that."""
     base, pull = zeros(), draw_update(1, norm=1e4)
     updates = [{name: -values if number == 5 else values for name, values in pull.items()} for number in range(10)]
     strategy = fixed(pay, num_clients=10, norm=norm, random=Silence())
