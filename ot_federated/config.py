@@ -268,6 +268,17 @@ class StrategyConfig:
         "Aggregation is always in float32.",
         choices=("float32", "float16", "bfloat16"),
     )
+    secure_aggregation: bool = setting(
+        False,
+        "SecAgg+: the server learns the mean of the updates, every client counting the same, and no single one. Needs "
+        "three clients.",
+    )
+    secure_aggregation_range: float = setting(
+        0.0,
+        "Numbers of an update beyond plus and minus this are cut off, and the range is divided into 2^22 levels; 0: "
+        "twice train.learning-rate times train.max-steps, which AdamW hardly leaves.",
+        minimum=0,
+    )
     shard_bytes: int = setting(64 * 2**20, "A bundle travels in pieces of this size.", minimum=2**16)
 
 
@@ -366,6 +377,8 @@ def parse_run_config(flat: Mapping[str, object]) -> RunConfig:
             "privacy.mode='example' does not go with task.name='causal-lm': it joins records and cuts them into "
             "windows, so that no single example is one person's record. Use a task with one example a record."
         )
+    if config.strategy.secure_aggregation:
+        _check_secure_aggregation(config)
     if config.privacy.mode == "client":
         _check_client_privacy(config)
     by_column = config.data.partitioner in ("dirichlet", "column")
@@ -375,6 +388,24 @@ def parse_run_config(flat: Mapping[str, object]) -> RunConfig:
             "answer column to divide by."
         )
     return config
+
+
+def _check_secure_aggregation(config: RunConfig) -> None:
+    """Check what secure aggregation needs of the other settings.
+
+    Raises:
+        ConfigError: If it cannot be had with them.
+    """
+    if config.strategy.name not in mean_aggregators:
+        raise ConfigError(
+            f"strategy.secure-aggregation=true does not go with strategy.name={config.strategy.name!r}, which compares "
+            f"single updates: the server sees none. Take one of {', '.join(mean_aggregators)}."
+        )
+    if config.privacy.mode == "client":
+        raise ConfigError(
+            "strategy.secure-aggregation=true does not go with privacy.mode='client': the server cannot clip updates "
+            "that it does not see. Take privacy.mode='example', which every client does for itself."
+        )
 
 
 def _check_client_privacy(config: RunConfig) -> None:

@@ -79,6 +79,7 @@ class Conversation:
         hello: What it said of itself.
         source: The bundle.
         train: The message that it should answer in the end.
+        only_deliver: Whether it is over once the client has the bundle, ``train`` being sent in another way.
         reply: Its answer to ``train``, once it came.
         failure: Why it takes no further part, once it does not.
         num_bundle_bytes: Bytes of shards sent to it.
@@ -91,6 +92,7 @@ class Conversation:
     hello: Hello
     source: BundleSource
     train: Message
+    only_deliver: bool = False
     reply: Message | None = None
     failure: str = ""
     num_bundle_bytes: int = 0
@@ -109,7 +111,7 @@ class Conversation:
     @property
     def done(self) -> bool:
         """Whether nothing more is expected of this client in this round."""
-        return self.reply is not None or bool(self.failure)
+        return self.reply is not None or bool(self.failure) or (self.only_deliver and self.has_bundle)
 
     def speak(self) -> Message:
         """Return what to say next: the next missing shard, or ``train``."""
@@ -145,7 +147,7 @@ class Conversation:
         if reply.metadata.message_type == hello_type:
             self.hello = parse_hello(reply, num_shards=self.source.num_shards)
             self.missing = list(self.hello.missing_shards)
-            return self.speak()
+            return None if self.done else self.speak()
         record = config_of(reply)
         status = text_field(record, "status")
         if status == "bundle-missing":
@@ -154,7 +156,7 @@ class Conversation:
             raise ProtocolError(text_field(record, "reason")[:2000])
         if reply.metadata.message_type == shard_type:
             self.missing.pop(0)
-            return self.speak()
+            return None if self.done else self.speak()
         self.reply = reply
         return None
 
@@ -213,10 +215,12 @@ def hold_conversations(
         messages = []
         for follower in [other for other in waiting if other.hello.cache_id == filler.hello.cache_id]:
             waiting.remove(follower)
-            if filler.has_bundle:
+            if filler.has_bundle and not follower.only_deliver:
                 # Believed, not known: a follower that lacks it after all will say so and be served.
                 follower.missing = []
                 messages.append(follower.speak())
+            elif filler.has_bundle:
+                messages.append(follower.ask())
             else:
                 fillers[follower.hello.cache_id] = follower
                 messages.append(follower.ask())

@@ -43,6 +43,7 @@ from strategies.client_level_privacy import NoisedMean
 from strategies.conversation import BundleSource, Conversation, hold_conversations, raise_flower_error
 from strategies.exchange import FixedNodes, exchange, wait_for_nodes
 from strategies.replies import RoundRecord, count_metric, describe_reply, record_tensors, tensors_record
+from strategies.secure_aggregation import aggregate_securely, min_clients, quantisation_error
 
 
 class AggregationError(OtFederatedError):
@@ -61,6 +62,7 @@ class OffsiteTuning(Strategy):
         min_nodes: Clients that must be connected, and at least train.
         min_replies: Valid replies without which a round fails.
         node_timeout_seconds: Longest wait for ``min_nodes``.
+        secure_range: Aggregate securely, numbers of an update within plus and minus this; None for plain replies.
         seed: Seed of the choice of clients.
         run_id: Identifies the run, also after it was resumed; clients account for privacy under it.
         first_round: The round to begin with; above 1 when a run is continued.
@@ -79,6 +81,7 @@ class OffsiteTuning(Strategy):
         min_nodes: int = 2,
         min_replies: int = 1,
         node_timeout_seconds: float = 300.0,
+        secure_range: float | None = None,
         seed: int = 0,
         run_id: str = "run",
         first_round: int = 1,
@@ -98,6 +101,10 @@ class OffsiteTuning(Strategy):
                 "strategy.num-malicious-nodes that are set: set fewer of those, or another strategy.name."
             )
         self.min_replies = max(min_replies, aggregator.min_replies)
+        self.secure_range = secure_range
+        if secure_range is not None and self.min_nodes < min_clients:
+            self.min_nodes = min_clients
+            self._need = f" Secure aggregation needs {min_clients} clients: with fewer it would hide nothing."
         self.node_timeout_seconds = node_timeout_seconds
         self.seed = seed
         self.run_id = run_id
@@ -152,8 +159,11 @@ class OffsiteTuning(Strategy):
             began = time.monotonic()
             config = ConfigRecord(dict(train_config or {}))
             messages = self.configure_train(server_round, arrays, config, grid)
-            replies = self._hold_round(grid, messages, timeout_seconds=timeout)
-            aggregated, train_metrics = self.aggregate_train(server_round, replies)
+            if self.secure_range is None:
+                replies = self._hold_round(grid, messages, timeout_seconds=timeout)
+                aggregated, train_metrics = self.aggregate_train(server_round, replies)
+            else:
+                aggregated, train_metrics = self._hold_secure_round(grid, server_round, list(messages))
             assert aggregated is not None  # aggregate_train raises rather than return nothing
             result.arrays = arrays = aggregated
             self.record.seconds = time.monotonic() - began
@@ -281,6 +291,76 @@ class OffsiteTuning(Strategy):
                 self.hellos[conversation.node_id] = replace(conversation.hello, missing_shards=())
         return [conversation.reply for conversation in conversations if conversation.reply is not None]
 
+    def _hold_secure_round(
+        self, grid: Grid, server_round: int, messages: list[Message]
+    ) -> tuple[ArrayRecord, MetricRecord | None]:
+        """Let every chosen client train, and learn the mean of their updates alone.
+
+        Raises:
+            SecureAggregationError: If too few clients take part or stay.
+        """
+        assert self.secure_range is not None
+        chosen = {message.metadata.dst_node_id: message for message in messages}
+        names = {node_id: self._name(node_id) for node_id in chosen}
+        self._deliver(grid, messages)
+        ready = {node_id: message for node_id, message in chosen.items() if node_id in self.hellos}
+        self.on_progress(f"round {server_round}  {len(ready)} clients train; their updates leave masked")
+        mean = aggregate_securely(
+            grid,
+            {node_id: message.content for node_id, message in ready.items()},
+            server_round=server_round,
+            shapes=[tuple(self.reference[name].shape) for name in sorted(self.reference)],
+            clipping_range=self.secure_range,
+            timeout_seconds=self.round_timeout_seconds,
+        )
+        for node_id, reason in mean.failures.items():
+            self.record.failures[names[node_id]] = reason
+            self.on_progress(f"round {server_round}  {names[node_id]}  dropped out: {reason}")
+            self.hellos.pop(node_id, None)
+        self.record.num_replies, self.record.num_steps = len(mean.nodes), mean.num_steps
+        self.record.bytes_to_server = mean.num_bytes
+        largest = max((float(np.abs(array).max()) for array in mean.arrays if array.size), default=0.0)
+        self.on_progress(
+            f"round {server_round}  secure mean of {len(mean.nodes)} updates; largest change {largest:.2g} in a range "
+            f"of {self.secure_range:.2g}, exact to {quantisation_error(self.secure_range):.1g}"
+        )
+        if largest > 0.5 * self.secure_range:
+            logger.warning(
+                "The mean update comes near the range of secure aggregation: single updates may have been cut off. "
+                "Raise strategy.secure-aggregation-range above %g.",
+                self.secure_range,
+            )
+        if self.record.num_replies < self.min_replies:
+            raise AggregationError(
+                f"Round {server_round} brought {self.record.num_replies} updates and needs {self.min_replies}. "
+                + "; ".join(f"{name}: {reason}" for name, reason in self.record.failures.items())
+            )
+        change = dict(zip(sorted(self.reference), map(torch.from_numpy, mean.arrays), strict=True))
+        weights = {name: self._sent[name] + change[name] for name in self.reference}
+        content = RecordDict({arrays_key: tensors_record(weights), metrics_key: MetricRecord({"num-examples": 1})})
+        # The mean stands for all of them: to the aggregator it is the round's one reply.
+        return self._join(server_round, [Message(content, reply_to=messages[0])])
+
+    def _deliver(self, grid: Grid, messages: list[Message]) -> None:
+        """Bring the bundle to the chosen clients that lack it; who does not get it is forgotten."""
+        conversations = [
+            Conversation(node_id, self.hellos[node_id], self.source, message, only_deliver=True)
+            for message in messages
+            for node_id in [message.metadata.dst_node_id]
+            if self.hellos[node_id].missing_shards
+        ]
+        hold_conversations(
+            grid, conversations, timeout_seconds=self.round_timeout_seconds, on_change=lambda _conversation: None
+        )
+        for conversation in conversations:
+            self.record.bundle_bytes += conversation.num_bundle_bytes
+            hello = self.hellos.pop(conversation.node_id)
+            if conversation.failure:
+                self.record.failures[hello.name] = conversation.failure
+                self.on_progress(f"{hello.name} did not get the bundle: {conversation.failure}")
+            else:
+                self.hellos[conversation.node_id] = replace(hello, missing_shards=())
+
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -305,6 +385,10 @@ class OffsiteTuning(Strategy):
                 + "; ".join(f"{name}: {reason}" for name, reason in self.record.failures.items())
             )
         fit_selection(self.aggregator, num_replies=len(valid))
+        return self._join(server_round, valid)
+
+    def _join(self, server_round: int, valid: list[Message]) -> tuple[ArrayRecord, MetricRecord | None]:
+        """Hand checked replies to the aggregator and return the new adapter in fp32, and train metrics."""
         strategy = self.aggregator.strategy
         arrays, metrics = strategy.aggregate_train(server_round, valid)
         if isinstance(strategy, NoisedMean):

@@ -30,6 +30,7 @@ from ot_federated.messages import (
     decode_update,
     encode_update,
     int_field,
+    metrics_key,
     text_field,
 )
 
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from ot_federated.tuning import Tuning
 
 seconds_between_lines = 10.0
+# The record that makes a train message a step of secure aggregation (Flower's name).
+secure_step = "secaggplus_configs"
 
 app = ClientApp()
 
@@ -101,6 +104,16 @@ def shard(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Tune the adapter for one round and reply with its update."""
     notes = Notes()
+    # Its cryptography is imported where it is asked for.
+    if secure_step in message.content.config_records:
+        from ot_federated.data_owner.secure_aggregation import answer_securely
+
+        return reply_to(
+            message,
+            context,
+            lambda: answer_securely(message, context, lambda: tune_masked(message, context, notes)),
+            notes=notes,
+        )
 
     def build() -> RecordDict:
         digest = text_field(config_of(message), "bundle-digest")
@@ -192,10 +205,33 @@ def read_assignment(message: Message, context: Context, directory: Path) -> Assi
     )
 
 
-def tune(message: Message, context: Context, directory: Path, notes: Notes) -> RecordDict:
+def tune_masked(message: Message, context: Context, notes: Notes) -> tuple[list[np.ndarray[Any, Any]], int]:
+    """Train on the local data; return the update in fp32, as masks need it, and the steps that were taken.
+
+    Raises:
+        ProtocolError: If the bundle is not there.
+    """
+    import torch
+
+    digest = text_field(config_of(message), "bundle-digest")
+    directory = open_cache(context).find(digest)
+    if directory is None:
+        raise ProtocolError("the client has lost the bundle; it is served in the next round")
+    content = tune(message, context, directory, notes, masked=True)
+    update = content.array_records[arrays_key]
+    shapes = {name: torch.zeros(array.shape) for name, array in update.items()}
+    dtype = text_field(config_of(message), "update-dtype")
+    tensors = decode_update(update, shapes, dtype=dtype)
+    # By name: masks leave only an order, and a reply that was kept has lost the one it was made in.
+    arrays = [tensors[name].numpy() for name in sorted(tensors)]
+    return arrays, int(str(content.metric_records[metrics_key].get("num-steps", 0)))
+
+
+def tune(message: Message, context: Context, directory: Path, notes: Notes, *, masked: bool = False) -> RecordDict:
     """Train on the local data, with privacy where the run or the data owner wants it, and build the reply."""
     began = time.monotonic()
     work = read_assignment(message, context, directory)
+    work.policy.check_masked(masked=masked)
     private = work.config.privacy.mode == "example"
     arrays, metrics = run_private_round(work, context, notes) if private else run_plain_round(work)
     metrics["seconds"] = time.monotonic() - began

@@ -11,6 +11,7 @@ A TOML file on the data owner's disk (node config ``policy``). Every key is opti
     max-steps-per-round = 200
     max-rounds = 50                         # of one run
     require-privacy = true                  # refuse runs without example-level privacy
+    require-secure-aggregation = true       # refuse runs in which the server would see this client's own update
     allowed-tasks = ["multiple-choice"]     # absent: every task
     min-examples = 500                      # refuse to take part with fewer
     reply-fields = ["num-steps"]            # metrics that leave with a private update, and no others
@@ -58,6 +59,7 @@ class Policy:
         max_steps_per_round: Most steps of a private round, at least 1.
         max_rounds: Most rounds of a run, at least 1.
         require_privacy: Whether runs without example-level privacy are refused.
+        require_secure_aggregation: Whether runs are refused in which an update leaves unmasked.
         allowed_tasks: Tasks that may be trained; empty: every task.
         min_examples: Least number of examples to take part with, at least 1.
         reply_fields: Metrics that leave with a private update.
@@ -71,9 +73,22 @@ class Policy:
     max_steps_per_round: int = 1000
     max_rounds: int = 100
     require_privacy: bool = True
+    require_secure_aggregation: bool = False
     allowed_tasks: tuple[str, ...] = ()
     min_examples: int = 1
     reply_fields: tuple[str, ...] = ("num-steps",)
+
+    def check_masked(self, *, masked: bool) -> None:
+        """Check that an update leaves as it may.
+
+        Raises:
+            PolicyError: If it would leave unmasked and may not.
+        """
+        if self.require_secure_aggregation and not masked:
+            raise PolicyError(
+                "The data owner's policy allows no update that leaves unmasked (require-secure-aggregation): set "
+                "strategy.secure-aggregation=true."
+            )
 
     def check_request(
         self,

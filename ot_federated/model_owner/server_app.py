@@ -32,6 +32,7 @@ from strategies.client_level_privacy import describe_noise, protect_clients
 from strategies.conversation import BundleSource
 from strategies.offsite_tuning import OffsiteTuning
 from strategies.replies import RoundRecord, record_tensors, tensors_record
+from strategies.secure_aggregation import choose_range
 
 say = logger.info
 
@@ -152,6 +153,7 @@ def build_strategy(owner: Owner) -> tuple[OffsiteTuning, ArrayRecord]:
         min_nodes=settings.min_nodes,
         min_replies=settings.min_replies,
         node_timeout_seconds=settings.node_timeout_seconds,
+        secure_range=choose_secure_range(config) if settings.secure_aggregation else None,
         seed=config.seed,
         run_id=owner.run.run_id,
         first_round=last_round + 1,
@@ -194,6 +196,13 @@ def put_behind_privacy(owner: Owner, aggregator: Aggregator, *, num_parameters: 
     )
     say(describe_noise(protected, num_parameters=num_parameters))
     return protected
+
+
+def choose_secure_range(config: RunConfig) -> float:
+    """Return the range of secure aggregation: the one that is set, or one for the updates that training can make."""
+    return config.strategy.secure_aggregation_range or choose_range(
+        learning_rate=config.train.learning_rate, max_steps=config.train.max_steps
+    )
 
 
 def evaluate_round(owner: Owner, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:

@@ -60,6 +60,7 @@ def test_the_documented_example_is_read(tmp_path):
         max_steps_per_round=200,
         max_rounds=50,
         require_privacy=True,
+        require_secure_aggregation=True,
         allowed_tasks=("multiple-choice",),
         min_examples=500,
         reply_fields=("num-steps",),
