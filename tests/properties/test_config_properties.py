@@ -35,7 +35,16 @@ def values_of(key: Key) -> st.SearchStrategy[Any]:
 
 
 # These can contradict each other; unit/test_config.py shows that they are then refused.
-contradictory = {"tuning.placement", "data.partitioner", "offsite.bottom-blocks"}
+contradictory = {
+    "tuning.placement",
+    "data.partitioner",
+    "offsite.bottom-blocks",
+    "privacy.mode",
+    "strategy.secure-aggregation",
+    "task.name",
+    "task.label-words",
+    "task.prompt",
+}
 # A few keys at a time: drawing all 60 for each example would find no more.
 settings_strategy = st.lists(
     st.sampled_from(sorted(list_keys().keys() - contradictory)), unique=True, max_size=8
