@@ -105,9 +105,10 @@ class OffsiteConfig:
     top_blocks: int = setting(4, "Last blocks: the top adapter.", minimum=0)
     keep: str = setting(
         "influence",
-        "Which middle blocks stay. uniform: evenly spaced (Offsite-Tuning). influence: those that change their "
-        "input most on public text (block influence).",
-        choices=("uniform", "influence"),
+        "Which middle blocks stay. uniform: evenly spaced (Offsite-Tuning). By public text: influence: those that "
+        "change their input most. cka: the centre of each cluster of like blocks (CRaSh). gradient: those without "
+        "which the adapter's gradient would change most.",
+        choices=("uniform", "influence", "cka", "gradient"),
     )
     gaps: str = setting(
         "bridge",

@@ -16,19 +16,13 @@ from ot_federated.architectures import check_split, find_architecture, get_block
 from ot_federated.bundle import Manifest, read_manifest, read_tensors, verify_files
 from ot_federated.cache import cache_root
 from ot_federated.errors import BundleError
-from ot_federated.model_owner.compression.calibration import (
-    block_influence,
-    fit_bridges,
-    tokenise_public_text,
-)
-from ot_federated.model_owner.compression.keeping import keep_influential, keep_uniform
+from ot_federated.model_owner.compression.calibration import fit_bridges, tokenise_public_text
+from ot_federated.model_owner.compression.choice import choose_blocks, text_free
 from ot_federated.model_owner.plug_in import full_model_names
 from ot_federated.model_owner.splitting import plan_stack, write_bundle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-num_influence_tokens = 4096
 
 
 def prepare_bundle(
@@ -54,7 +48,7 @@ def prepare_bundle(
         bottom: Blocks of the bottom adapter.
         emulator: Middle blocks that stay.
         top: Blocks of the top adapter.
-        keep: ``uniform`` or ``influence``.
+        keep: Which middle blocks stay, see :func:`choose_blocks`.
         gaps: ``empty`` or ``bridge``.
         read_public_text: Gives the public texts; called only when they are needed.
         calibration_tokens: Tokens of public text to use.
@@ -80,19 +74,21 @@ def prepare_bundle(
             say(f"Bundle {manifest.digest[:12]} from the cache")
             return directory, manifest
     windows = None
-    if keep == "influence" or gaps == "bridge":
+    if keep not in text_free or gaps == "bridge":
         positions = int(getattr(model.config, "max_position_embeddings", 0) or 10**9)
         windows = tokenise_public_text(
             tokenizer, read_public_text(), num_tokens=calibration_tokens, max_positions=positions
         )
-    last = len(blocks) - top - 1
-    if keep == "influence" and windows is not None:
-        say("Measuring block influence on public text")
-        num_windows = max(1, num_influence_tokens // windows.shape[1])
-        influence = block_influence(model, windows[:num_windows])
-        kept = keep_influential(influence[bottom : last + 1], first=bottom, num_kept=emulator)
-    else:
-        kept = keep_uniform(first=bottom, last=last, num_kept=emulator) if emulator else []
+    kept = choose_blocks(
+        model,
+        windows,
+        keep=keep,
+        first=bottom,
+        last=len(blocks) - top - 1,
+        num_kept=emulator,
+        ridge=ridge,
+        say=say,
+    )
     stack = plan_stack(num_blocks=len(blocks), bottom=bottom, top=top, kept=kept, bridged=gaps == "bridge")
     runs = [(entry.first_block, entry.last_block) for entry in stack if entry.role == "bridge"]
     bridges: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}

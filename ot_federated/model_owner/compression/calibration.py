@@ -49,7 +49,8 @@ def tokenise_public_text(
 
 
 @contextmanager
-def _record_blocks(blocks: Sequence[nn.Module], record: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+def record_blocks(blocks: Sequence[nn.Module], record: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """Note in ``record`` each block's input and output hidden states, by its index, whenever the model runs."""
     handles = []
     for index, block in enumerate(blocks):
 
@@ -72,7 +73,7 @@ def block_states(
     """Yield, batch by batch, each block's input and output hidden states ``(batch, window, hidden)``."""
     blocks = list(get_blocks(model, find_architecture(model.config)))
     record: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    with _record_blocks(blocks, record):
+    with record_blocks(blocks, record):
         for batch in windows.split(num_windows_per_batch):
             ids = batch.to(model.device)
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)

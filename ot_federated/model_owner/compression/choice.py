@@ -1,0 +1,65 @@
+"""Which middle blocks the emulator keeps: every way by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from ot_federated.errors import ConfigError, nearest_match
+from ot_federated.model_owner.compression.calibration import block_influence
+from ot_federated.model_owner.compression.cka_clusters import block_similarity, keep_cluster_centres
+from ot_federated.model_owner.compression.gradient_keeping import keep_gradient_preserving
+from ot_federated.model_owner.compression.keeping import keep_influential, keep_uniform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+num_influence_tokens = 4096
+text_free = ("uniform",)
+
+
+def choose_blocks(
+    model: PreTrainedModel,
+    windows: torch.Tensor | None,
+    *,
+    keep: str,
+    first: int,
+    last: int,
+    num_kept: int,
+    ridge: float,
+    say: Callable[[str], None],
+) -> list[int]:
+    """Return the full-model indices of the middle blocks that stay, ascending.
+
+    Args:
+        model: The full model.
+        windows: Token windows of public text; ``uniform`` needs none.
+        keep: The way: ``uniform``, ``influence``, ``cka`` or ``gradient``.
+        first: First middle block.
+        last: Last middle block.
+        num_kept: How many stay.
+        ridge: Penalty of the bridges that ``gradient`` tries.
+        say: Told what is going on.
+
+    Raises:
+        ConfigError: If the way is unknown, or needs public text and has none.
+    """
+    if keep not in ("uniform", "influence", "cka", "gradient"):
+        ways = ("uniform", "influence", "cka", "gradient")
+        raise ConfigError(f"offsite.keep={keep!r} is not one of {', '.join(ways)}{nearest_match(keep, ways)}.")
+    if num_kept == 0:
+        return []
+    if keep == "uniform":
+        return keep_uniform(first=first, last=last, num_kept=num_kept)
+    if windows is None:
+        raise ConfigError(f"offsite.keep={keep!r} needs public text: set offsite.public-text, or take uniform.")
+    say(f"Choosing middle blocks by {keep} on public text")
+    if keep == "influence":
+        influence = block_influence(model, windows[: max(1, num_influence_tokens // windows.shape[1])])
+        return keep_influential(influence[first : last + 1], first=first, num_kept=num_kept)
+    if keep == "cka":
+        similarity = block_similarity(model, windows, first=first, last=last)
+        return keep_cluster_centres(similarity, first=first, num_kept=num_kept)
+    return keep_gradient_preserving(model, windows, first=first, last=last, num_kept=num_kept, ridge=ridge)

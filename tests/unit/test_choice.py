@@ -1,0 +1,119 @@
+"""Every way of choosing blocks: clusters by hand, runs by exhaustive search, every family, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ot_federated.errors import ConfigError
+from ot_federated.model_owner.compression.choice import choose_blocks
+from ot_federated.model_owner.compression.cka_clusters import block_similarity, keep_cluster_centres
+from ot_federated.model_owner.compression.gradient_keeping import (
+    choose_by_run_errors,
+    run_errors,
+    states_and_gradients,
+)
+from tests.families import build_family_model, family_names
+
+windows = torch.randint(4, 260, (6, 48), generator=torch.Generator().manual_seed(0))
+
+
+def choose(model: Any, keep: str, **changes: Any) -> list[int]:
+    settings: dict[str, Any] = {"first": 2, "last": 5, "num_kept": 2, "ridge": 0.01} | changes
+    given = settings.pop("windows", windows)
+    return choose_blocks(model, given, keep=keep, say=lambda _: None, **settings)
+
+
+@pytest.mark.parametrize("keep", ["uniform", "influence", "cka", "gradient"])
+@pytest.mark.parametrize("family", family_names)
+def test_every_way_works_in_every_family(family: str, keep: str) -> None:
+    model = build_family_model(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    kept = choose(model, keep)
+    assert len(kept) == 2
+    assert kept == sorted(set(kept))
+    assert set(kept) <= {2, 3, 4, 5}
+    assert choose(model, keep) == kept
+    assert choose(model, keep, num_kept=4) == [2, 3, 4, 5]
+    assert choose(model, keep, num_kept=0) == []
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(parameter.requires_grad and parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("keep", ["influence", "cka", "gradient"])
+def test_blocks_that_do_nothing_are_dropped(keep: str) -> None:
+    model = build_family_model("llama")
+    with torch.no_grad():
+        for index in (2, 4):
+            model.model.layers[index].self_attn.o_proj.weight.zero_()
+            model.model.layers[index].mlp.down_proj.weight.zero_()
+    # Clusters of equal outputs are {1, 2} and {3, 4}: of two equally central blocks the lower one stays.
+    assert choose(model, keep, first=1, last=4) == [1, 3]
+
+
+def test_clusters_by_hand() -> None:
+    similarity = torch.eye(5)
+    for (a, b), value in {(0, 1): 0.9, (1, 2): 0.8, (0, 2): 0.2, (2, 3): 0.6, (3, 4): 0.7, (2, 4): 0.1}.items():
+        similarity[a, b] = similarity[b, a] = value
+    # 0 and 1 merge, then 3 and 4 (0.7); 2 is left: it is 0.5 like {0, 1} and 0.35 like {3, 4}.
+    assert keep_cluster_centres(similarity, first=10, num_kept=3) == [10, 12, 13]
+    # Then 2 joins {0, 1}, whose centre is 1.
+    assert keep_cluster_centres(similarity, first=10, num_kept=2) == [11, 13]
+
+
+def test_similarity_is_linear_cka() -> None:
+    model = build_family_model("llama")
+    with torch.no_grad():
+        states = model(input_ids=windows, output_hidden_states=True, use_cache=False).hidden_states
+    found = block_similarity(model, windows, first=2, last=4)
+    for a, b in itertools.product(range(3), range(3)):
+        x, y = (states[index + 3].reshape(-1, 32).double().numpy() for index in (a, b))
+        x, y = x - x.mean(0), y - y.mean(0)
+        expected = np.linalg.norm(y.T @ x) ** 2 / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y))
+        assert float(found[a, b]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("num_kept", [1, 2, 3])
+def test_runs_are_chosen_as_by_trying_all_sets(num_kept: int) -> None:
+    rng = np.random.default_rng(num_kept)
+    for _ in range(20):
+        errors = {(i, j): float(rng.random() * (j - i + 1)) for i in range(5) for j in range(i, 5)}
+
+        def cost(kept: tuple[int, ...], errors: dict[tuple[int, int], float] = errors) -> float:
+            edges = [-1, *kept, 5]
+            return sum(errors[a + 1, b - 1] for a, b in itertools.pairwise(edges) if b - a > 1)
+
+        best = min(itertools.combinations(range(5), num_kept), key=cost)
+        assert choose_by_run_errors(errors, num_middle=5, num_kept=num_kept) == list(best)
+
+
+def test_gradients_are_those_of_the_loss() -> None:
+    model = build_family_model("gpt2")
+    states, gradients = states_and_gradients(model, windows[:1], first=3, last=4)
+    ids = windows[:1]
+    output = model(input_ids=ids, output_hidden_states=True, use_cache=False)
+    loss = torch.nn.functional.cross_entropy(output.logits[0, :-1], ids[0, 1:], reduction="sum")
+    expected = torch.autograd.grad(loss, [output.hidden_states[index] for index in (3, 4, 5)])
+    for index, block in enumerate((3, 4, 5)):
+        torch.testing.assert_close(states[index], output.hidden_states[block][0, :-1])
+        torch.testing.assert_close(gradients[index], expected[index][0, :-1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_that_is_linear_costs_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 8, generator=generator)
+    change = 0.3 * torch.randn(8, 8, generator=generator)
+    behind = torch.randn(200, 8, generator=generator)
+    errors = run_errors([x, x + x @ change.T], [behind + behind @ change, behind], longest=8, ridge=0.0)
+    assert errors == {(0, 0): pytest.approx(0.0, abs=1e-6)}
+
+
+def test_without_public_text_it_says_what_to_do() -> None:
+    with pytest.raises(ConfigError, match=r"offsite.keep='cka' needs public text"):
+        choose(build_family_model("llama"), "cka", windows=None)
+    with pytest.raises(ConfigError, match=r"'gradients' is not one of uniform.*did you mean 'gradient'"):
+        choose(build_family_model("llama"), "gradients")
