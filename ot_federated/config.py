@@ -252,6 +252,19 @@ class StrategyConfig:
     fraction_train: float = setting(1.0, "Share of the connected clients that train in a round.", above=0, maximum=1)
     min_nodes: int = setting(2, "Clients that must be connected and train in each round.", minimum=1)
     min_replies: int = setting(1, "Valid replies without which a round fails.", minimum=1)
+    min_replies_fraction: float = setting(
+        0.0, "The same as a share of the clients that were asked; the larger one counts.", minimum=0, maximum=1
+    )
+    max_retries: int = setting(
+        2,
+        "How often a client is asked again in a round after its process or its connection broke, once it is connected.",
+        minimum=0,
+    )
+    straggler_seconds: float = setting(
+        0.0,
+        "Once enough replies are there, longest wait for the others; 0: until round-timeout-seconds.",
+        minimum=0,
+    )
     node_timeout_seconds: float = setting(300.0, "Longest wait for min-nodes to connect.", above=0)
     round_timeout_seconds: float = setting(3600.0, "Longest wait for a round's replies.", above=0)
     server_learning_rate: float = setting(

@@ -30,9 +30,12 @@ from ot_federated.messages import (
     text_field,
     train_type,
 )
-from strategies.exchange import exchange
+from strategies.exchange import Again, Patience, exchange
 
 max_deliveries = 3
+# Flower's codes for an app that could not be loaded, a condition that is not met, and a bundle that is refused: asked
+# again, the answer would be the same. All others tell of a process or a connection that broke.
+lasting_errors = (1, 6, 7)
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,12 @@ class Conversation:
         source: The bundle.
         train: The message that it should answer in the end.
         only_deliver: Whether it is over once the client has the bundle, ``train`` being sent in another way.
+        max_retries: How often it is asked again after its process or its connection broke.
         reply: Its answer to ``train``, once it came.
         failure: Why it takes no further part, once it does not.
         num_bundle_bytes: Bytes of shards sent to it.
         num_deliveries: How often it was asked what it lacks.
+        num_retries: How often it was asked again.
         asked: Type of the message that it should answer next.
         missing: Shards that it still lacks.
     """
@@ -93,10 +98,12 @@ class Conversation:
     source: BundleSource
     train: Message
     only_deliver: bool = False
+    max_retries: int = 0
     reply: Message | None = None
     failure: str = ""
     num_bundle_bytes: int = 0
     num_deliveries: int = 0
+    num_retries: int = 0
     asked: str = ""
     missing: list[int] = field(init=False)
 
@@ -132,13 +139,29 @@ class Conversation:
             raise ProtocolError(f"the client lacked the bundle {self.num_deliveries} times in one round")
         return self._message(self.source.hello_content(), hello_type)
 
-    def listen(self, reply: Message) -> Message | None:
+    def listen(self, reply: Message) -> Message | Again | None:
         """Take in a reply and return what to say next, or None when the conversation is over."""
         try:
+            if is_broken(reply) and self.num_retries < self.max_retries:
+                return self.repeat()
             return self._listen(reply)
         except ProtocolError as error:
             self.failure = str(error)
             return None
+
+    def lose(self, reason: str) -> Again | None:
+        """Take in that nothing can be said at present; return what to say later, or None when it is over."""
+        if self.num_retries < self.max_retries:
+            return self.repeat()
+        self.failure = reason
+        return None
+
+    def repeat(self) -> Again:
+        """Say once more what was not answered; a bundle goes on at the shard that is missing."""
+        self.num_retries += 1
+        if self.asked == hello_type:
+            return Again(self._message(self.source.hello_content(), hello_type))
+        return Again(self.speak())
 
     def _listen(self, reply: Message) -> Message | None:
         raise_flower_error(reply)
@@ -165,6 +188,11 @@ class Conversation:
         return Message(content, self.node_id, message_type, ttl=self.train.metadata.ttl)
 
 
+def is_broken(reply: Message) -> bool:
+    """Say whether Flower reports that the client's process or its connection broke, so that asking again may help."""
+    return reply.has_error() and reply.error.code not in lasting_errors
+
+
 def raise_flower_error(reply: Message) -> None:
     """Raise what Flower reports in place of a client's reply.
 
@@ -186,6 +214,8 @@ def hold_conversations(
     *,
     timeout_seconds: float,
     on_change: Callable[[Conversation], None],
+    num_enough: int = 0,
+    straggler_seconds: float = 0.0,
 ) -> None:
     """Hold all conversations of a round until each is done.
 
@@ -194,6 +224,8 @@ def hold_conversations(
         conversations: One for each client.
         timeout_seconds: For the whole round; whoever is not done then has failed.
         on_change: Called when a conversation got its bundle, its reply, or failed.
+        num_enough: Replies that would do.
+        straggler_seconds: Longest wait for the others once these are there; 0 for no such limit.
     """
     table = {conversation.node_id: conversation for conversation in conversations}
     fillers: dict[str, Conversation] = {}
@@ -227,20 +259,37 @@ def hold_conversations(
                 break
         return messages
 
-    def on_reply(node_id: int, reply: Message) -> list[Message]:
+    def on_reply(node_id: int, reply: Message) -> list[Message | Again]:
         conversation = table[node_id]
         answer = conversation.listen(reply)
         if answer is None:
             on_change(conversation)
-        return ([answer] if answer else []) + release(conversation)
+        return [*([answer] if answer else []), *release(conversation)]
 
-    def on_lost(node_id: int, reason: str) -> list[Message]:
+    def on_lost(node_id: int, reason: str) -> list[Message | Again]:
         conversation = table[node_id]
-        conversation.failure = reason
+        later = conversation.lose(reason)
+        if later:
+            return [later]
         on_change(conversation)
-        return release(conversation)
+        return [*release(conversation)]
 
-    exchange(grid, first, timeout_seconds=timeout_seconds, on_reply=on_reply, on_lost=on_lost)
+    def on_late(node_id: int, reason: str) -> None:
+        table[node_id].failure = reason
+        on_change(table[node_id])
+
+    exchange(
+        grid,
+        first,
+        timeout_seconds=timeout_seconds,
+        on_reply=on_reply,
+        on_lost=on_lost,
+        on_late=on_late,
+        patience=Patience(
+            lambda: sum(conversation.reply is not None for conversation in conversations) >= num_enough,
+            straggler_seconds,
+        ),
+    )
     for conversation in conversations:
         if not conversation.done:
             conversation.failure = "the bundle could not be delivered to its cache in time"

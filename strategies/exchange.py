@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -46,13 +47,35 @@ def wait_for_nodes(
     return node_ids
 
 
+@dataclass(frozen=True)
+class Again:
+    """A message to a node whose connection broke: it is sent once the node is connected."""
+
+    message: Message
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait for the last ones.
+
+    Attributes:
+        enough: Says whether the answers that are there would do.
+        seconds: Longest wait for the others from then on; 0 for no such limit.
+    """
+
+    enough: Callable[[], bool]
+    seconds: float
+
+
 def exchange(
     grid: Grid,
     messages: Iterable[Message],
     *,
     timeout_seconds: float,
-    on_reply: Callable[[int, Message], Sequence[Message]],
-    on_lost: Callable[[int, str], Sequence[Message]],
+    on_reply: Callable[[int, Message], Sequence[Message | Again]],
+    on_lost: Callable[[int, str], Sequence[Message | Again]],
+    on_late: Callable[[int, str], object],
+    patience: Patience | None = None,
 ) -> None:
     """Send messages and handle each reply when it comes, until all are answered or the time is up.
 
@@ -62,24 +85,37 @@ def exchange(
         timeout_seconds: For the whole exchange.
         on_reply: Gets the node that was written to (an error reply names the SuperLink as its sender) and its
             reply; returns what to send next, to any node.
-        on_lost: Gets a node that will not answer, and why; returns what to send next.
+        on_lost: Gets a node that a message could not be sent to, and why; returns what to send next.
+        on_late: Gets a node that has not answered when the time is up, and why.
+        patience: Ends the exchange earlier, once enough have answered.
     """
-    deadline = time.monotonic() + timeout_seconds
+    deadline, limit = time.monotonic() + timeout_seconds, f"no reply within {timeout_seconds:g} s"
     pending: dict[str, int] = {}
-    outbox = list(messages)
-    while outbox or pending:
+    parked: list[Message] = []
+    outbox: list[Message | Again] = list(messages)
+    hurried = False
+    while outbox or pending or parked:
         while outbox:
-            message = outbox.pop(0)
-            node_id = message.metadata.dst_node_id
+            item = outbox.pop(0)
+            if isinstance(item, Again):
+                parked.append(item.message)
+                continue
+            node_id = item.metadata.dst_node_id
             # One at a time: Flower may return fewer ids than messages, and a shard need not wait in memory.
-            message_id = next(iter(grid.push_messages([message])), None)
+            message_id = next(iter(grid.push_messages([item])), None)
+            del item
             if message_id is None:
                 outbox += on_lost(node_id, "the message could not be delivered; is the node still connected?")
             else:
                 pending[message_id] = node_id
+        if patience and patience.seconds and not hurried and patience.enough():
+            hurried = True
+            if time.monotonic() + patience.seconds < deadline:
+                deadline = time.monotonic() + patience.seconds
+                limit = f"no reply within {patience.seconds:g} s after enough others had answered"
         if time.monotonic() > deadline:
-            for node_id in pending.values():
-                on_lost(node_id, f"no reply within {timeout_seconds:g} s")
+            for node_id in [*pending.values(), *(message.metadata.dst_node_id for message in parked)]:
+                on_late(node_id, limit)
             return
         replies = list(grid.pull_messages(list(pending))) if pending else []
         for reply in replies:
@@ -87,7 +123,11 @@ def exchange(
             answered = pending.pop(reply.metadata.reply_to_message_id, None)
             if answered is not None:
                 outbox += on_reply(answered, reply)
-        if not replies and pending:
+        if parked:
+            connected = set(grid.get_node_ids())
+            outbox += [message for message in parked if message.metadata.dst_node_id in connected]
+            parked = [message for message in parked if message.metadata.dst_node_id not in connected]
+        if not replies and (pending or parked):
             time.sleep(poll_seconds)
 
 

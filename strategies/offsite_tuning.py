@@ -40,8 +40,8 @@ from ot_federated.messages import (
 )
 from strategies.aggregators import Aggregator, fit_selection
 from strategies.client_level_privacy import NoisedMean
-from strategies.conversation import BundleSource, Conversation, hold_conversations, raise_flower_error
-from strategies.exchange import FixedNodes, exchange, wait_for_nodes
+from strategies.conversation import BundleSource, Conversation, hold_conversations, is_broken, raise_flower_error
+from strategies.exchange import Again, FixedNodes, Patience, exchange, wait_for_nodes
 from strategies.replies import RoundRecord, count_metric, describe_reply, record_tensors, tensors_record
 from strategies.secure_aggregation import aggregate_securely, min_clients, quantisation_error
 
@@ -61,6 +61,9 @@ class OffsiteTuning(Strategy):
         fraction_train: Share of the connected clients that train in a round, in (0, 1].
         min_nodes: Clients that must be connected, and at least train.
         min_replies: Valid replies without which a round fails.
+        min_replies_fraction: The same as a share of the clients that were asked, in [0, 1]; the larger one counts.
+        max_retries: How often a client is asked again in a round after its process or its connection broke.
+        straggler_seconds: Once enough replies are there, longest wait for the others; 0 for no such limit.
         node_timeout_seconds: Longest wait for ``min_nodes``.
         secure_range: Aggregate securely, numbers of an update within plus and minus this; None for plain replies.
         seed: Seed of the choice of clients.
@@ -80,6 +83,9 @@ class OffsiteTuning(Strategy):
         fraction_train: float = 1.0,
         min_nodes: int = 2,
         min_replies: int = 1,
+        min_replies_fraction: float = 0.0,
+        max_retries: int = 0,
+        straggler_seconds: float = 0.0,
         node_timeout_seconds: float = 300.0,
         secure_range: float | None = None,
         seed: int = 0,
@@ -101,6 +107,9 @@ class OffsiteTuning(Strategy):
                 "strategy.num-malicious-nodes that are set: set fewer of those, or another strategy.name."
             )
         self.min_replies = max(min_replies, aggregator.min_replies)
+        self.min_replies_fraction = min_replies_fraction
+        self.max_retries = max_retries
+        self.straggler_seconds = straggler_seconds
         self.secure_range = secure_range
         if secure_range is not None and self.min_nodes < min_clients:
             self.min_nodes = min_clients
@@ -227,6 +236,12 @@ class OffsiteTuning(Strategy):
         self.record.bytes_to_clients = num_array_bytes(update) * len(chosen)
         return [Message(content, node_id, train_type, ttl=self.round_timeout_seconds) for node_id in chosen]
 
+    def _num_needed(self) -> int:
+        """Return the valid replies without which this round fails."""
+        # A hair less before rounding up: 0.7 of 10 clients are 7, whatever floating point makes of it.
+        share = math.ceil(self.min_replies_fraction * len(self.record.clients) - 1e-9)
+        return max(self.min_replies, share)
+
     def _choose(self, server_round: int, present: Sequence[int]) -> list[int]:
         """Return the round's nodes in the order of their names, the same in a run that was stopped and resumed."""
         ordered = sorted(present, key=lambda node_id: (self.hellos[node_id].name, node_id))
@@ -245,28 +260,40 @@ class OffsiteTuning(Strategy):
         """Ask new nodes who they are and which shards they lack."""
         content = self.source.hello_content()
         ttl = self.node_timeout_seconds
-        messages = [Message(content, node_id, hello_type, ttl=ttl) for node_id in node_ids]
+        messages = {node_id: Message(content, node_id, hello_type, ttl=ttl) for node_id in node_ids}
+        retries = dict.fromkeys(node_ids, self.max_retries)
 
-        def note(node_id: int, reply: Message) -> list[Message]:
+        def note(node_id: int, reply: Message) -> list[Again]:
             try:
+                if is_broken(reply) and retries[node_id]:
+                    retries[node_id] -= 1
+                    return [Again(messages[node_id])]
                 raise_flower_error(reply)
                 self.hellos[node_id] = parse_hello(reply, num_shards=self.source.num_shards)
             except ProtocolError as error:
                 lose(node_id, str(error))
             return []
 
-        def lose(node_id: int, reason: str) -> list[Message]:
+        def lose(node_id: int, reason: str) -> list[Again]:
             self.record.failures[f"node {node_id}"] = reason
             with log_fields(node=f"node-{node_id}"):
                 self.on_progress(f"node {node_id} cannot take part: {reason}")
             return []
 
-        exchange(grid, messages, timeout_seconds=ttl, on_reply=note, on_lost=lose)
+        exchange(
+            grid,
+            messages.values(),
+            timeout_seconds=ttl,
+            on_reply=note,
+            on_lost=lose,
+            on_late=lose,
+            patience=Patience(lambda: len(self.hellos) >= self.min_nodes, self.straggler_seconds),
+        )
 
     def _hold_round(self, grid: Grid, messages: Iterable[Message], *, timeout_seconds: float) -> list[Message]:
         """Let every chosen client train and return the replies in the order of the clients' names."""
         conversations = [
-            Conversation(node_id, self.hellos[node_id], self.source, message)
+            Conversation(node_id, self.hellos[node_id], self.source, message, max_retries=self.max_retries)
             for message in messages
             for node_id in [message.metadata.dst_node_id]
         ]
@@ -280,7 +307,14 @@ class OffsiteTuning(Strategy):
             with log_fields(node=names[conversation.node_id]):
                 self.on_progress(f"{head}  {describe_reply(conversation)}")
 
-        hold_conversations(grid, conversations, timeout_seconds=timeout_seconds, on_change=report)
+        hold_conversations(
+            grid,
+            conversations,
+            timeout_seconds=timeout_seconds,
+            on_change=report,
+            num_enough=self._num_needed(),
+            straggler_seconds=self.straggler_seconds,
+        )
         for conversation in conversations:
             self.record.bundle_bytes += conversation.num_bundle_bytes
             if conversation.failure:
@@ -330,9 +364,9 @@ class OffsiteTuning(Strategy):
                 "Raise strategy.secure-aggregation-range above %g.",
                 self.secure_range,
             )
-        if self.record.num_replies < self.min_replies:
+        if self.record.num_replies < self._num_needed():
             raise AggregationError(
-                f"Round {server_round} brought {self.record.num_replies} updates and needs {self.min_replies}. "
+                f"Round {server_round} brought {self.record.num_replies} updates and needs {self._num_needed()}. "
                 + "; ".join(f"{name}: {reason}" for name, reason in self.record.failures.items())
             )
         change = dict(zip(sorted(self.reference), map(torch.from_numpy, mean.arrays), strict=True))
@@ -344,7 +378,9 @@ class OffsiteTuning(Strategy):
     def _deliver(self, grid: Grid, messages: list[Message]) -> None:
         """Bring the bundle to the chosen clients that lack it; who does not get it is forgotten."""
         conversations = [
-            Conversation(node_id, self.hellos[node_id], self.source, message, only_deliver=True)
+            Conversation(
+                node_id, self.hellos[node_id], self.source, message, only_deliver=True, max_retries=self.max_retries
+            )
             for message in messages
             for node_id in [message.metadata.dst_node_id]
             if self.hellos[node_id].missing_shards
@@ -379,9 +415,9 @@ class OffsiteTuning(Strategy):
                 with log_fields(node=name):
                     self.on_progress(f"round {server_round}  {name}  reply rejected: {error}")
         self.record.num_replies = len(valid)
-        if len(valid) < self.min_replies:
+        if len(valid) < self._num_needed():
             raise AggregationError(
-                f"Round {server_round} brought {len(valid)} valid replies and needs {self.min_replies}. "
+                f"Round {server_round} brought {len(valid)} valid replies and needs {self._num_needed()}. "
                 + "; ".join(f"{name}: {reason}" for name, reason in self.record.failures.items())
             )
         fit_selection(self.aggregator, num_replies=len(valid))

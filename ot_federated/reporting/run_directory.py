@@ -34,7 +34,14 @@ config_file, metrics_file, summary_file, failure_file = (
 )
 run_id_file = "run_id"
 # These may differ between a run and its continuation, and so may evaluation.*: they do not change what is trained.
-free_keys = ("resume", "output-dir", "strategy.node-timeout-seconds", "strategy.round-timeout-seconds")
+free_keys = (
+    "resume",
+    "output-dir",
+    "strategy.node-timeout-seconds",
+    "strategy.round-timeout-seconds",
+    "strategy.straggler-seconds",
+    "strategy.max-retries",
+)
 
 
 class RunDirectory:
