@@ -65,6 +65,32 @@ def build_questions(num: int, *, start: int = 0) -> list[dict[str, Any]]:
     ]
 
 
+def small_settings(model: Path, *, data: Path, output: Path) -> dict[str, Scalar]:
+    """Return a whole run config for a small model: one round, a 1-2-1 split, gaps empty, fp32, four test rows."""
+    return flatten(RunConfig()) | {
+        "num-server-rounds": 1,
+        "output-dir": str(output),
+        "model.source": str(model),
+        "model.dtype": "float32",
+        "data.train": str(data),
+        "data.validation": str(data),
+        "data.test": str(data),
+        "offsite.bottom-blocks": 1,
+        "offsite.emulator-blocks": 2,
+        "offsite.top-blocks": 1,
+        "offsite.keep": "uniform",
+        "offsite.gaps": "empty",
+        "train.batch-size": 4,
+        "train.learning-rate": 1e-3,
+        "strategy.min-nodes": 2,
+        "strategy.node-timeout-seconds": 5.0,
+        "strategy.round-timeout-seconds": 60.0,
+        "strategy.shard-bytes": 65536,
+        "evaluation.max-examples": 4,
+        "evaluation.max-validation-examples": 4,
+    }
+
+
 def prepare_federation(
     directory: Path,
     model: Path,
@@ -80,29 +106,9 @@ def prepare_federation(
 
     Unless ``settings`` says otherwise: one round, a 1-2-1 split, gaps empty, fp32, two clients, four test rows.
     """
-    data = str(write_rows(directory / "questions.jsonl", build_questions(num_rows)))
-    config = flatten(RunConfig()) | {
-        "num-server-rounds": 1,
-        "output-dir": str(directory / "run"),
-        "model.source": str(model),
-        "model.dtype": "float32",
-        "data.train": data,
-        "data.validation": data,
-        "data.test": data,
-        "offsite.bottom-blocks": 1,
-        "offsite.emulator-blocks": 2,
-        "offsite.top-blocks": 1,
-        "offsite.keep": "uniform",
-        "offsite.gaps": "empty",
-        "train.batch-size": 4,
-        "train.learning-rate": 1e-3,
-        "strategy.min-nodes": min(2, num_clients),
-        "strategy.node-timeout-seconds": 5.0,
-        "strategy.round-timeout-seconds": 60.0,
-        "strategy.shard-bytes": 65536,
-        "evaluation.max-examples": 4,
-        "evaluation.max-validation-examples": 4,
-    }
+    data = write_rows(directory / "questions.jsonl", build_questions(num_rows))
+    config = small_settings(model, data=data, output=directory / "run")
+    config["strategy.min-nodes"] = min(2, num_clients)
     config |= settings or {}
     grid = InProcessGrid(app, run_config=config, num_clients=num_clients, node_config=node_config, on_reply=on_reply)
     return Federation(output=Path(str(config["output-dir"])), grid=grid)
