@@ -1,15 +1,20 @@
 """A bundle as a row of shards: its files one behind the other, cut at a fixed size.
 
 The manifest travels first and gives every file's size and digest. From them both sides derive the same cuts; the
-files' digests are checked when all shards are there.
+files' digests are checked when all shards are there. A shard is read and written in small pieces, so that neither
+side ever needs memory for more than what is on the way.
 """
 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ot_federated.bundle import Manifest
+
+piece_bytes = 4 * 2**20
 
 
 def count_shards(manifest: Manifest, *, shard_bytes: int) -> int:
@@ -22,32 +27,68 @@ def shard_size(manifest: Manifest, index: int, *, shard_bytes: int) -> int:
     return min(shard_bytes, manifest.num_bytes - index * shard_bytes)
 
 
-def read_shard(directory: Path, manifest: Manifest, index: int, *, shard_bytes: int) -> bytes:
-    """Read shard ``index`` of the bundle in ``directory``."""
-    start, wanted = index * shard_bytes, shard_size(manifest, index, shard_bytes=shard_bytes)
-    parts: list[bytes] = []
+def piece_sizes(num_bytes: int) -> list[int]:
+    """Return the sizes of the pieces of a shard of ``num_bytes`` bytes; only the last one is shorter than the rest."""
+    return [min(piece_bytes, num_bytes - start) for start in range(0, num_bytes, piece_bytes)]
+
+
+def locate(manifest: Manifest, start: int, num_bytes: int) -> Iterator[tuple[str, int, int]]:
+    """Yield the file, the offset in it and the length of each stretch of ``num_bytes`` bytes of the row of files."""
     for file in manifest.files:
-        if start < file.num_bytes and wanted > 0:
-            with (directory / file.name).open("rb") as stream:
-                stream.seek(start)
-                parts.append(stream.read(min(wanted, file.num_bytes - start)))
-            wanted -= len(parts[-1])
-            start += len(parts[-1])
+        if num_bytes <= 0:
+            return
+        if start < file.num_bytes:
+            length = min(num_bytes, file.num_bytes - start)
+            yield file.name, start, length
+            start, num_bytes = start + length, num_bytes - length
         start -= file.num_bytes
-        if start < 0 or wanted == 0:
-            break
-    return b"".join(parts)
 
 
-def join_shards(shards: list[Path], manifest: Manifest, directory: Path) -> None:
-    """Write the bundle's files into ``directory`` from shard files in order; one shard is in memory at a time."""
-    pieces = iter(shards)
-    left = b""
-    for file in manifest.files:
-        remaining = file.num_bytes
-        with (directory / file.name).open("xb") as stream:
-            while remaining:
-                left = left or next(pieces).read_bytes()
-                stream.write(left[:remaining])
-                taken = min(remaining, len(left))
-                left, remaining = left[taken:], remaining - taken
+def read_pieces(directory: Path, manifest: Manifest, index: int, *, shard_bytes: int) -> Iterator[bytes]:
+    """Read shard ``index`` of the bundle in ``directory``, piece by piece."""
+    start = index * shard_bytes
+    for size in piece_sizes(shard_size(manifest, index, shard_bytes=shard_bytes)):
+        parts = []
+        for name, offset, length in locate(manifest, start, size):
+            with (directory / name).open("rb") as stream:
+                stream.seek(offset)
+                parts.append(stream.read(length))
+        start += size
+        yield b"".join(parts)
+
+
+def read_shard(directory: Path, manifest: Manifest, index: int, *, shard_bytes: int) -> bytes:
+    """Read shard ``index`` of the bundle in ``directory`` as a whole."""
+    return b"".join(read_pieces(directory, manifest, index, shard_bytes=shard_bytes))
+
+
+def write_shard(
+    directory: Path, manifest: Manifest, index: int, pieces: Iterable[bytes | memoryview], *, shard_bytes: int
+) -> None:
+    """Write shard ``index`` to its place in the bundle's files, created where missing, and flush it to the disk.
+
+    What is written until the end of the call is no bundle yet: the files have holes where shards are missing.
+    """
+    start = index * shard_bytes
+    touched: dict[str, int] = {}
+    try:
+        for piece in pieces:
+            view = memoryview(piece)
+            for name, offset, length in locate(manifest, start, len(view)):
+                if name not in touched:
+                    touched[name] = os.open(directory / name, os.O_WRONLY | os.O_CREAT, 0o666)
+                _write_all(touched[name], view[:length], offset)
+                view = view[length:]
+            start += len(piece)
+        for descriptor in touched.values():
+            os.fsync(descriptor)
+    finally:
+        for descriptor in touched.values():
+            os.close(descriptor)
+
+
+def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
+    os.lseek(descriptor, offset, os.SEEK_SET)
+    while view:
+        # The system may write less than it is given; a full disk it tells at the next call.
+        view = view[os.write(descriptor, view) :]

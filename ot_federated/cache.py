@@ -221,6 +221,15 @@ def remove_partial_directories(target: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def remove_partials(directory: Path) -> None:
+    """Remove what killed processes left in ``directory``. Call it only while nobody else writes there."""
+    for leftover in directory.glob(f".*{partial_suffix}"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
 @contextmanager
 def file_lock(path: Path) -> Iterator[bool]:
     """Lock the file ``path`` (created where missing), waiting for whoever holds it; yield whether it worked.

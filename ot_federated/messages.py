@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from ot_federated.bundle_shards import piece_sizes
 from ot_federated.errors import ProtocolError
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ wire_version = 1
 hello_type, shard_type, train_type = "query.hello", "query.shard", "train"
 arrays_key, config_key, metrics_key = "arrays", "config", "metrics"
 
-shard_name = "shard"
 # numpy has no bfloat16: its bits travel as int16.
 _wire_dtypes: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("float32"),
@@ -115,21 +115,38 @@ def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     return stream.getvalue()
 
 
-def encode_shard(data: bytes) -> ArrayRecord:
-    """Return a piece of the bundle as an array of bytes: Flower cuts arrays into chunks, and nothing else."""
-    return ArrayRecord({shard_name: Array(np.frombuffer(data, dtype=np.uint8))})
+def encode_shard(pieces: Iterable[bytes]) -> ArrayRecord:
+    """Return a shard as arrays of bytes, one for each piece.
+
+    Flower puts every array together from its chunks in one stretch, and again as bytes: as one array a shard would be
+    in memory four times at its receiver, in pieces it is there twice.
+    """
+    dtype = np.dtype("uint8")
+    record = ArrayRecord()
+    for number, piece in enumerate(pieces):
+        shape = (len(piece),)
+        data = npy_header(dtype, shape) + piece
+        record[piece_name(number)] = Array(dtype=dtype.name, shape=shape, stype="numpy.ndarray", data=data)
+    return record
 
 
-def decode_shard(message: Message, *, num_bytes: int) -> bytes:
-    """Return the piece of the bundle in a ``query.shard`` message.
+def decode_shard(message: Message, *, num_bytes: int) -> list[memoryview]:
+    """Return the pieces of the shard in a ``query.shard`` message, without copying them.
 
     Raises:
-        ProtocolError: If it is not one array of ``num_bytes`` bytes.
+        ProtocolError: If they are not arrays of ``num_bytes`` bytes in all, cut as they must be.
     """
     record = message.content.array_records.get(arrays_key)
-    if record is None or list(record) != [shard_name]:
-        raise ProtocolError("the message carries no shard")
-    return read_array(record[shard_name], name=shard_name, dtype=np.dtype("uint8"), shape=(num_bytes,)).tobytes()
+    sizes = {piece_name(number): size for number, size in enumerate(piece_sizes(num_bytes))}
+    if record is None or list(record) != list(sizes):
+        raise ProtocolError(f"the message carries no shard of {num_bytes} bytes")
+    dtype = np.dtype("uint8")
+    return [read_array(record[name], name=name, dtype=dtype, shape=(size,)).data for name, size in sizes.items()]
+
+
+def piece_name(number: int) -> str:
+    """Return the name under which a piece of a shard travels."""
+    return f"piece-{number:04d}"
 
 
 def num_array_bytes(record: ArrayRecord) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from ot_federated.bundle import Manifest, manifest_name
-from ot_federated.bundle_shards import count_shards, read_shard, shard_size
+from ot_federated.bundle_shards import count_shards, read_pieces, shard_size
 from ot_federated.errors import ProtocolError
 from ot_federated.messages import (
     Hello,
@@ -63,14 +63,21 @@ class BundleSource:
 
     def shard_content(self, index: int) -> RecordDict:
         """Return the content of ``query.shard`` for one shard."""
-        data = read_shard(self.directory, self.manifest, index, shard_bytes=self.shard_bytes)
+        digest = hashlib.sha256()
+
+        def pieces() -> Iterator[bytes]:
+            for piece in read_pieces(self.directory, self.manifest, index, shard_bytes=self.shard_bytes):
+                digest.update(piece)
+                yield piece
+
+        arrays = encode_shard(pieces())
         fields: dict[str, str | int | float | bytes | list[int]] = {
             "bundle-digest": self.digest,
             "shard-bytes": self.shard_bytes,
             "shard-index": index,
-            "shard-sha256": hashlib.sha256(data).hexdigest(),
+            "shard-sha256": digest.hexdigest(),
         }
-        return build_content(fields, arrays=encode_shard(data))
+        return build_content(fields, arrays=arrays)
 
 
 @dataclass

@@ -1,13 +1,15 @@
-"""The data owner's bundle cache: content-addressed, on disk, filled shard by shard.
+"""The data owner's bundle cache: content-addressed, on disk, filled shard by shard, limited in size.
 
 ::
 
     <root>/cache-id                  names this cache
-    <root>/<digest>/                 a complete, verified bundle
-    <root>/incoming-<digest>-<size>/ manifest.json and the shards so far
+    <root>/<digest>/                 a complete, verified bundle; its time of change is that of its last use
+    <root>/incoming-<digest>-<size>/ a bundle that is on its way
+        bundle/                          manifest.json, and the files with holes where shards are missing
+        have-000003                      shard 3 is in its place
 
-Each message of a deployment runs in a new process, so all state is in these files. A shard is written whole or not
-at all; the bundle is verified against its digest, then renamed into place.
+Each message of a deployment runs in a new process, so all state is in these files. A shard counts once it is on the
+disk as a whole; the bundle is verified against its digest, then renamed into place.
 """
 
 from __future__ import annotations
@@ -17,18 +19,21 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ot_federated.bundle import Manifest, manifest_name, parse_manifest, read_manifest, verify_files
-from ot_federated.bundle_shards import count_shards, join_shards, shard_size
+from ot_federated.bundle_shards import count_shards, shard_size, write_shard
 from ot_federated.cache import (
-    atomic_directory,
     atomic_write_bytes,
     atomic_write_text,
     cache_root,
+    explain_disk_errors,
     file_lock,
     require_free_bytes,
 )
+from ot_federated.data_owner.cache_eviction import hold, make_room, touch
 from ot_federated.errors import BundleError
 
 cache_variable = "OT_FEDERATED_BUNDLE_CACHE"
@@ -40,10 +45,13 @@ class BundleCache:
 
     Args:
         root: The directory; ``None`` for ``$OT_FEDERATED_BUNDLE_CACHE``, else ``received-bundles`` in the cache.
+        max_bytes: What all bundles together may take; 0 for no limit. To make room, the one that was not used for
+            the longest time goes, but never one that is in use.
     """
 
-    def __init__(self, root: Path | None = None) -> None:
+    def __init__(self, root: Path | None = None, *, max_bytes: int = 0) -> None:
         self.root = root or Path(os.environ.get(cache_variable) or cache_root() / "received-bundles")
+        self.max_bytes = max_bytes
 
     def identify(self) -> str:
         """Return this cache's id, made at the first call."""
@@ -70,13 +78,21 @@ class BundleCache:
         if not whole:
             shutil.rmtree(directory, ignore_errors=True)
             return None
+        touch(directory)
         return directory
+
+    @contextmanager
+    def use(self, digest: str) -> Iterator[Path | None]:
+        """Yield the directory of a complete bundle, or None; within the block nobody removes it to make room."""
+        with hold(self.root, check_digest(digest)):
+            yield self.find(digest)
 
     def announce(self, digest: str, manifest_text: bytes, *, shard_bytes: int) -> list[int]:
         """Note that a bundle is coming and return the shards that are still missing.
 
         Raises:
-            BundleError: If the manifest is not the one that ``digest`` names, or the shard size is out of range.
+            BundleError: If the manifest is not the one that ``digest`` names, the shard size is out of range, or the
+                bundle is larger than this cache may become.
             OtFederatedError: If the disk has no room for it.
         """
         if self.find(digest):
@@ -85,12 +101,24 @@ class BundleCache:
             raise BundleError(f"Shards of {shard_bytes} bytes are refused: 1 KiB to 1 GiB is accepted.")
         manifest = parse_manifest(manifest_text, digest=digest)
         incoming = self._incoming(digest, shard_bytes)
-        if not (incoming / manifest_name).is_file():
-            require_free_bytes(self.root, 2 * manifest.num_bytes)
-            atomic_write_bytes(incoming / manifest_name, manifest_text)
+        if not (incoming / "bundle" / manifest_name).is_file():
+            self.reserve(manifest, digest)
+            shutil.rmtree(incoming, ignore_errors=True)
+            atomic_write_bytes(incoming / "bundle" / manifest_name, manifest_text)
         missing = self._missing(incoming, manifest, shard_bytes)
-        # All shards and no bundle: the process that had the last one was killed before it could join them.
+        # All shards and no bundle: the process that had the last one was killed before it could complete them.
         return missing or self._finish(incoming, manifest, digest, shard_bytes)
+
+    def reserve(self, manifest: Manifest, digest: str) -> None:
+        """Make room for a bundle.
+
+        Raises:
+            BundleError: If it is larger than the cache may become.
+            OtFederatedError: If the disk has no room for it.
+        """
+        with file_lock(self.root / ".lock"):
+            make_room(self.root, manifest.num_bytes, max_bytes=self.max_bytes, keep=digest)
+        require_free_bytes(self.root, manifest.num_bytes)
 
     def announced(self, digest: str, *, shard_bytes: int) -> Manifest:
         """Return the manifest of a bundle that is coming.
@@ -98,14 +126,17 @@ class BundleCache:
         Raises:
             BundleError: If it was not announced.
         """
-        return read_manifest(self._incoming(digest, shard_bytes), digest=digest)
+        return read_manifest(self._incoming(digest, shard_bytes) / "bundle", digest=digest)
 
-    def receive(self, digest: str, index: int, data: bytes, *, shard_bytes: int, sha256: str) -> list[int]:
+    def receive(
+        self, digest: str, index: int, pieces: Sequence[bytes | memoryview], *, shard_bytes: int, sha256: str
+    ) -> list[int]:
         """Store one shard and return those still missing; the last one completes the bundle.
 
         Raises:
             BundleError: If no such bundle was announced, the shard is out of range or damaged, or the complete
                 bundle does not have the digests of its manifest (all shards are then dropped).
+            OtFederatedError: If the disk is full; the shard then counts as missing.
         """
         if self.find(digest):
             return []
@@ -113,11 +144,17 @@ class BundleCache:
         manifest = self.announced(digest, shard_bytes=shard_bytes)
         if not 0 <= index < count_shards(manifest, shard_bytes=shard_bytes):
             raise BundleError(f"Shard {index} is not one of the bundle {digest[:12]}.")
-        if len(data) != shard_size(manifest, index, shard_bytes=shard_bytes):
-            raise BundleError(f"Shard {index} of {digest[:12]} has {len(data)} bytes, not what the manifest gives.")
-        if hashlib.sha256(data).hexdigest() != sha256:
+        num_bytes = sum(map(len, pieces))
+        if num_bytes != shard_size(manifest, index, shard_bytes=shard_bytes):
+            raise BundleError(f"Shard {index} of {digest[:12]} has {num_bytes} bytes, not what the manifest gives.")
+        found = hashlib.sha256()
+        for piece in pieces:
+            found.update(piece)
+        if found.hexdigest() != sha256:
             raise BundleError(f"Shard {index} of {digest[:12]} was damaged on the way; send it again.")
-        atomic_write_bytes(incoming / f"shard-{index:06d}", data)
+        with explain_disk_errors(incoming):
+            write_shard(incoming / "bundle", manifest, index, pieces, shard_bytes=shard_bytes)
+        atomic_write_bytes(incoming / f"have-{index:06d}", b"")
         return self._finish(incoming, manifest, digest, shard_bytes)
 
     def _finish(self, incoming: Path, manifest: Manifest, digest: str, shard_bytes: int) -> list[int]:
@@ -127,20 +164,19 @@ class BundleCache:
                 return []
             missing = self._missing(incoming, manifest, shard_bytes)
             if not missing:
-                self._complete(incoming, manifest, digest, shard_bytes)
+                self._complete(incoming, manifest, digest)
         return missing
 
-    def _complete(self, incoming: Path, manifest: Manifest, digest: str, shard_bytes: int) -> None:
-        num_shards = count_shards(manifest, shard_bytes=shard_bytes)
-        shards = [incoming / f"shard-{index:06d}" for index in range(num_shards)]
+    def _complete(self, incoming: Path, manifest: Manifest, digest: str) -> None:
+        directory = incoming / "bundle"
         try:
-            with atomic_directory(self.root / digest) as partial:
-                join_shards(shards, manifest, partial)
-                # The text as it came, not rendered anew: its digest names the bundle.
-                shutil.copyfile(incoming / manifest_name, partial / manifest_name)
-                verify_files(partial, manifest)
+            for file in manifest.files:
+                # An empty file is in no shard.
+                (directory / file.name).touch()
+            verify_files(directory, manifest)
+            directory.rename(self.root / digest)
         finally:
-            # Complete, or wrong as a whole: in both cases these shards are of no more use.
+            # Complete, or wrong as a whole: in both cases what came is of no more use.
             shutil.rmtree(incoming, ignore_errors=True)
 
     def _incoming(self, digest: str, shard_bytes: int) -> Path:
@@ -149,7 +185,7 @@ class BundleCache:
     @staticmethod
     def _missing(incoming: Path, manifest: Manifest, shard_bytes: int) -> list[int]:
         num_shards = count_shards(manifest, shard_bytes=shard_bytes)
-        return [index for index in range(num_shards) if not (incoming / f"shard-{index:06d}").is_file()]
+        return [index for index in range(num_shards) if not (incoming / f"have-{index:06d}").is_file()]
 
 
 def check_digest(digest: str) -> str:

@@ -18,9 +18,9 @@ from flwr.clientapp import ClientApp
 from ot_federated.bundle_shards import shard_size
 from ot_federated.config import RunConfig, parse_run_config
 from ot_federated.data_owner.audit_trail import Notes
-from ot_federated.data_owner.bundle_cache import BundleCache
+from ot_federated.data_owner.bundle_cache import BundleCache, check_digest
 from ot_federated.data_owner.replies import client_name, reply_to
-from ot_federated.errors import DataError, ProtocolError
+from ot_federated.errors import ConfigError, DataError, ProtocolError
 from ot_federated.logs import logger
 from ot_federated.messages import (
     arrays_key,
@@ -52,9 +52,15 @@ app = ClientApp()
 
 
 def open_cache(context: Context) -> BundleCache:
-    """Return the bundle cache of node config ``cache-dir``, or the default one."""
-    directory = context.node_config.get("cache-dir")
-    return BundleCache(Path(str(directory)).expanduser() if directory else None)
+    """Return the bundle cache of node config ``cache-dir`` and ``cache-max-bytes``, or the default one.
+
+    Raises:
+        ConfigError: If ``cache-max-bytes`` is no size.
+    """
+    directory, max_bytes = context.node_config.get("cache-dir"), context.node_config.get("cache-max-bytes", 0)
+    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0:
+        raise ConfigError(f"The node config's cache-max-bytes={max_bytes!r} is no number of bytes; 0 is no limit.")
+    return BundleCache(Path(str(directory)).expanduser() if directory else None, max_bytes=max_bytes)
 
 
 @app.query("hello")
@@ -66,10 +72,12 @@ def hello(message: Message, context: Context) -> Message:
         manifest = record.get("manifest")
         if not isinstance(manifest, bytes):
             raise ProtocolError("the message has no manifest")
-        cache = open_cache(context)
-        missing = cache.announce(
-            text_field(record, "bundle-digest"), manifest, shard_bytes=int_field(record, "shard-bytes")
-        )
+        cache, digest = open_cache(context), check_digest(text_field(record, "bundle-digest"))
+        if source := str(context.node_config.get("bundle-path", "")):
+            from ot_federated.data_owner.bundle_import import import_if_missing
+
+            import_if_missing(cache, source, digest, manifest)
+        missing = cache.announce(digest, manifest, shard_bytes=int_field(record, "shard-bytes"))
         return build_content(
             {
                 "status": "ok",
@@ -93,8 +101,8 @@ def shard(message: Message, context: Context) -> Message:
         cache = open_cache(context)
         if not cache.find(digest):
             manifest = cache.announced(digest, shard_bytes=shard_bytes)
-            data = decode_shard(message, num_bytes=shard_size(manifest, index, shard_bytes=shard_bytes))
-            cache.receive(digest, index, data, shard_bytes=shard_bytes, sha256=text_field(record, "shard-sha256"))
+            pieces = decode_shard(message, num_bytes=shard_size(manifest, index, shard_bytes=shard_bytes))
+            cache.receive(digest, index, pieces, shard_bytes=shard_bytes, sha256=text_field(record, "shard-sha256"))
         return build_content({"status": "ok", "shard-index": index})
 
     return reply_to(message, context, build)
@@ -117,10 +125,10 @@ def train(message: Message, context: Context) -> Message:
 
     def build() -> RecordDict:
         digest = text_field(config_of(message), "bundle-digest")
-        directory = open_cache(context).find(digest)
-        if directory is None:
-            return build_content({"status": "bundle-missing", "bundle-digest": digest})
-        return tune(message, context, directory, notes)
+        with open_cache(context).use(digest) as directory:
+            if directory is None:
+                return build_content({"status": "bundle-missing", "bundle-digest": digest})
+            return tune(message, context, directory, notes)
 
     return reply_to(message, context, build, notes=notes)
 
@@ -214,10 +222,10 @@ def tune_masked(message: Message, context: Context, notes: Notes) -> tuple[list[
     import torch
 
     digest = text_field(config_of(message), "bundle-digest")
-    directory = open_cache(context).find(digest)
-    if directory is None:
-        raise ProtocolError("the client has lost the bundle; it is served in the next round")
-    content = tune(message, context, directory, notes, masked=True)
+    with open_cache(context).use(digest) as directory:
+        if directory is None:
+            raise ProtocolError("the client has lost the bundle; it is served in the next round")
+        content = tune(message, context, directory, notes, masked=True)
     update = content.array_records[arrays_key]
     shapes = {name: torch.zeros(array.shape) for name, array in update.items()}
     dtype = text_field(config_of(message), "update-dtype")

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ot_federated.cache import atomic_write_text
+from ot_federated.cache import atomic_write_text, remove_partials
 from ot_federated.errors import CheckpointError, ConfigError
 
 config_file, metrics_file, summary_file, failure_file = (
@@ -68,6 +68,8 @@ class RunDirectory:
         run, existing = cls(path), path / config_file
         if resume:
             run._check_same_config(existing, flat_config)
+            for directory in (path, path / "checkpoints", path / "model"):
+                remove_partials(directory)
         elif existing.exists():
             raise ConfigError(
                 f"{path} already holds a run. Continue it with resume=true, or choose another output directory."

@@ -154,12 +154,12 @@ def test_shard_damaged_on_the_way_to_one_client(
 
     decode, spoiled = module.decode_shard, []
 
-    def flip(message: Message, *, num_bytes: int) -> bytes:
-        data = decode(message, num_bytes=num_bytes)
+    def flip(message: Message, *, num_bytes: int) -> list[memoryview | bytes]:
+        first, *others = decode(message, num_bytes=num_bytes)
         if not spoiled:
             spoiled.append(1)
-            return bytes([data[0] ^ 1]) + data[1:]
-        return data
+            return [bytes([first[0] ^ 1]) + first[1:], *others]
+        return [first, *others]
 
     monkeypatch.setattr(module, "decode_shard", flip)
     federation = run_federation(tmp_path, llama_directory)

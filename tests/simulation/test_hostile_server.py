@@ -66,7 +66,7 @@ def shard(digest: str, index: int, data: bytes, **fields: Any) -> RecordDict:
         "shard-index": index,
         "shard-sha256": hashlib.sha256(data).hexdigest(),
     }
-    return build_content(honest | fields, arrays=encode_shard(data))
+    return build_content(honest | fields, arrays=encode_shard([data]))
 
 
 def honest_files(**others: BundleFile) -> tuple[BundleFile, ...]:
@@ -174,14 +174,14 @@ def test_shards_that_are_wrong(
     directory, manifest = bundle
     client.tell("query.hello", hello((directory / manifest_name).read_bytes()))
     client.reason("query.shard", shard(manifest.digest, index, data, **fields))
-    assert client.files() == {f"cache/incoming-{manifest.digest}-{shard_bytes}/manifest.json"}
+    assert client.files() == {f"cache/incoming-{manifest.digest}-{shard_bytes}/bundle/manifest.json"}
 
 
 def test_shard_that_is_an_array_of_something_else(client: Client, bundle: tuple[Path, Manifest]) -> None:
     directory, manifest = bundle
     client.tell("query.hello", hello((directory / manifest_name).read_bytes()))
     content = shard(manifest.digest, 0, b"x")
-    content["arrays"] = ArrayRecord({"shard": Array(np.zeros(shard_bytes // 4, np.float32))})
+    content["arrays"] = ArrayRecord({"piece-0000": Array(np.zeros(shard_bytes // 4, np.float32))})
     assert "not uint8" in client.reason("query.shard", content)
 
 

@@ -34,7 +34,7 @@ class Sender:
     def send(self, cache: BundleCache, index: int, *, data: bytes | None = None) -> list[int]:
         data = read_shard(self.directory, self.manifest, index, shard_bytes=shard_bytes) if data is None else data
         sha256 = hashlib.sha256(data).hexdigest()
-        return cache.receive(self.digest, index, data, shard_bytes=shard_bytes, sha256=sha256)
+        return cache.receive(self.digest, index, [data], shard_bytes=shard_bytes, sha256=sha256)
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_shard_damaged_on_the_way(sender: Sender, root: Path) -> None:
     right = read_shard(sender.directory, sender.manifest, 0, shard_bytes=shard_bytes)
     wrong = bytes([right[0] ^ 1]) + right[1:]
     with pytest.raises(BundleError, match="damaged on the way; send it again"):
-        cache.receive(sender.digest, 0, wrong, shard_bytes=shard_bytes, sha256=hashlib.sha256(right).hexdigest())
+        cache.receive(sender.digest, 0, [wrong], shard_bytes=shard_bytes, sha256=hashlib.sha256(right).hexdigest())
     assert sender.announce_to(cache) == [0, 1, 2, 3]
 
 
@@ -188,7 +188,7 @@ def test_what_is_no_digest_never_becomes_a_path(sender: Sender, root: Path, dige
         lambda: check_digest(digest),
         lambda: cache.find(digest),
         lambda: cache.announce(digest, sender.manifest.to_bytes(), shard_bytes=shard_bytes),
-        lambda: cache.receive(digest, 0, b"x", shard_bytes=shard_bytes, sha256="0" * 64),
+        lambda: cache.receive(digest, 0, [b"x"], shard_bytes=shard_bytes, sha256="0" * 64),
     ):
         with pytest.raises(BundleError, match="is not a bundle digest"):
             attempt()

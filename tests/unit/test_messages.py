@@ -219,8 +219,8 @@ def test_other_serialisation_is_refused() -> None:
 
 def test_shard_round_trip_and_its_size() -> None:
     data = bytes(range(256)) * 3
-    message = Message(build_content({}, arrays=encode_shard(data)), dst_node_id=1, message_type="query.shard")
-    assert decode_shard(message, num_bytes=768) == data
+    message = Message(build_content({}, arrays=encode_shard([data])), dst_node_id=1, message_type="query.shard")
+    assert b"".join(decode_shard(message, num_bytes=768)) == data
     with pytest.raises(ProtocolError, match=r"not uint8 \(767,\)"):
         decode_shard(message, num_bytes=767)
 
