@@ -1,15 +1,17 @@
 """Where each model family keeps its blocks: one table, open to registration.
 
 Offsite-Tuning needs little of a family. Its blocks stand in one ``ModuleList`` and each maps hidden states
-``(batch, seq, hidden)`` to hidden states of the same shape. Everything outside the list (embeddings, final norm,
-head) is frozen and is found by exclusion, so tied and untied heads need no special case here.
+``(batch, seq, hidden)``, of an image's patches as of a text's tokens, to hidden states of the same shape. Everything
+outside the list (embeddings, final norm, language-model head) is frozen and is found by exclusion, so tied and untied
+heads need no special case here. A classification head, where the task has one, is new and trains with the adapter.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ot_federated.errors import ArchitectureError, ConfigError, nearest_match
 
@@ -36,17 +38,27 @@ class Architecture:
     Attributes:
         family: The family's name in messages and cards.
         model_types: Values of ``config.model_type`` that have this layout.
-        blocks: Path of the ``ModuleList`` of blocks in the causal language model.
+        blocks: Path of the ``ModuleList`` of blocks in the model.
+        kind: What it reads: ``text`` or ``image``.
+        head: Path of the classification head in a model that has one.
+        size_argument: Argument that lets the model read images of another size than its config's, if it needs one.
+        section: Field of the config that holds the blocks' own config, where one config describes several models.
         block_returns_tuple: Whether a block returns ``(hidden_states, ...)`` and not hidden states alone.
         per_block_fields: Config fields that hold one entry a block and must be cut with the blocks.
+        dropped_fields: Config fields that name blocks by number and are of no use here.
         unsupported: Config fields that make a block depend on its index, with the value that does no harm.
     """
 
     family: str
     model_types: tuple[str, ...]
     blocks: str
+    kind: Literal["text", "image"] = "text"
+    head: str = "score"
+    size_argument: str = ""
+    section: str = ""
     block_returns_tuple: bool = False
     per_block_fields: tuple[str, ...] = ()
+    dropped_fields: tuple[str, ...] = ()
     unsupported: tuple[tuple[str, object], ...] = ()
 
 
@@ -94,6 +106,37 @@ for _architecture in (
     ),
     Architecture(family="BLOOM", model_types=("bloom",), blocks="transformer.h", block_returns_tuple=True),
     Architecture(family="GPT-NeoX", model_types=("gpt_neox",), blocks="gpt_neox.layers"),
+    *(
+        Architecture(
+            family=family,
+            model_types=(model_type,),
+            blocks=f"{model_type}.layers",
+            kind="image",
+            head="classifier",
+            size_argument="interpolate_pos_encoding",
+        )
+        for family, model_type in (("ViT", "vit"), ("DeiT", "deit"))
+    ),
+    Architecture(
+        family="CLIP vision",
+        model_types=("clip",),
+        blocks="vision_model.encoder.layers",
+        kind="image",
+        head="classifier",
+        size_argument="interpolate_pos_encoding",
+        section="vision_config",
+    ),
+    *(
+        Architecture(
+            family=family,
+            model_types=(model_type,),
+            blocks=f"{model_type}.encoder.layer",
+            kind="image",
+            head="classifier",
+            dropped_fields=("stage_names", "out_features", "out_indices"),
+        )
+        for family, model_type in (("DINOv2", "dinov2"), ("DINOv2 with registers", "dinov2_with_registers"))
+    ),
 ):
     register_architecture(_architecture)
 
@@ -136,11 +179,43 @@ def get_blocks(model: nn.Module, architecture: Architecture) -> nn.ModuleList:
     except AttributeError as error:
         raise ArchitectureError(
             f"{type(model).__name__} has no module {architecture.blocks!r}, where the table keeps the blocks of "
-            f"{architecture.family}: load it as a causal language model, or register its own architecture."
+            f"{architecture.family}: load it as transformers names it for the task, or register its own architecture."
         ) from error
     if not isinstance(blocks, nn.ModuleList):
         raise ArchitectureError(f"{architecture.blocks!r} is a {type(blocks).__name__}, not a ModuleList of blocks.")
     return blocks
+
+
+def find_head(model: nn.Module, architecture: Architecture) -> nn.Module | None:
+    """Return the model's classification head, or None where it has none."""
+    try:
+        return model.get_submodule(architecture.head)
+    except AttributeError:
+        return None
+
+
+def block_config(config: Any, architecture: Architecture) -> Any:
+    """Return the part of a config that describes the blocks."""
+    return getattr(config, architecture.section) if architecture.section else config
+
+
+def choose_auto_class(architecture: Architecture, *, classifies: bool) -> Any:
+    """Return transformers' class that builds and loads a family's models.
+
+    Args:
+        architecture: The family.
+        classifies: Whether the model ends in a classification head.
+
+    Raises:
+        ConfigError: If an image model is to do without a head: there is no task for it.
+    """
+    import transformers
+
+    if architecture.kind == "image":
+        if not classifies:
+            raise ConfigError(f"{architecture.family} reads images: set task.name=image-classification for it.")
+        return transformers.AutoModelForImageClassification
+    return transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
 
 
 def check_split(*, num_blocks: int, bottom: int, emulator: int, top: int) -> None:
@@ -169,14 +244,26 @@ def cut_config(config: Any, architecture: Architecture, *, positions: list[int])
     Names and paths that tell where the full model lives are left out.
     """
     cut: dict[str, Any] = config.to_dict()
+    blocks_part = cut[architecture.section] if architecture.section else cut
     for name in architecture.per_block_fields:
-        values = cut.get(name)
+        values = blocks_part.get(name)
         if values is not None:
-            cut[name] = [values[position] for position in positions]
-    depth_field = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    cut[depth_field] = len(positions)
-    for private in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", *code_fields):
-        cut.pop(private, None)
+            blocks_part[name] = [values[position] for position in positions]
+    depth_field = block_config(config, architecture).attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    blocks_part[depth_field] = len(positions)
+    for part in config_parts(cut):
+        for private in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", *code_fields):
+            part.pop(private, None)
+        for name in architecture.dropped_fields:
+            part.pop(name, None)
     # As it will be read back: JSON turns integer keys (label tables) into text.
     plain: dict[str, Any] = json.loads(json.dumps(cut))
     return plain
+
+
+def config_parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a config of JSON values and the configs inside it."""
+    yield config
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from config_parts(value)

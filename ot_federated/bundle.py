@@ -3,10 +3,10 @@
 A directory of safetensors (tensors) and JSON (structure)::
 
     manifest.json         format, split, kept blocks, file digests, versions
-    adapter.safetensors   bottom.I.* and top.I.*: the blocks that train
+    adapter.safetensors   bottom.I.* and top.I.*: the blocks that train; head.*: a classification head, which trains
     emulator.safetensors  emulator.I.* (kept middle blocks) and bridge.I.* (what stands in for the others)
-    frozen.safetensors    embeddings, final norm, head, under their own names
-    tokenizer.json ...    the tokenizer's files
+    frozen.safetensors    embeddings, final norm, language-model head, under their own names
+    tokenizer.json ...    the tokenizer's files, or preprocessor_config.json for images
 
 The bundle's digest is the SHA-256 of ``manifest.json``, which holds the digests of all other files: one value
 names the whole content.
@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ot_federated.architectures import code_fields
+from ot_federated.architectures import code_fields, config_parts
 from ot_federated.cache import file_sha256
 from ot_federated.errors import BundleError
 
@@ -33,6 +33,9 @@ format_version = 1
 manifest_name = "manifest.json"
 max_manifest_bytes = 4 * 2**20
 weight_files = ("adapter.safetensors", "emulator.safetensors", "frozen.safetensors")
+
+# Tensor names of a classification head begin with it.
+head_prefix = "head."
 
 Role = Literal["bottom", "emulator", "bridge", "top"]
 
@@ -83,6 +86,7 @@ class Manifest:
         middle_bytes: Bytes of the full model's middle blocks, which the emulator replaces.
         files: Every file but the manifest.
         versions: Versions of the packages that made the bundle.
+        classes: Names of what the model tells apart, in the order of its classification head; empty without one.
     """
 
     model_type: str
@@ -95,6 +99,7 @@ class Manifest:
     middle_bytes: int
     files: tuple[BundleFile, ...]
     versions: dict[str, str]
+    classes: tuple[str, ...] = ()
     format: int = format_version
 
     def to_bytes(self) -> bytes:
@@ -142,6 +147,7 @@ def parse_manifest(text: bytes, *, digest: str | None = None) -> Manifest:
             )
         raw["stack"] = tuple(StackEntry(**entry) for entry in raw["stack"])
         raw["files"] = tuple(BundleFile(**file) for file in raw["files"])
+        raw["classes"] = tuple(raw.get("classes", ()))
         manifest = Manifest(**raw)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BundleError(f"The manifest cannot be read ({type(error).__name__}: {error}).") from error
@@ -189,6 +195,8 @@ def _check_types(manifest: Manifest) -> None:
         value = getattr(manifest, name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise BundleError(f"The manifest gives {name} as {type(value).__name__}, which it cannot be.")
+    if len(set(manifest.classes)) != len(manifest.classes) or not all(isinstance(c, str) for c in manifest.classes):
+        raise BundleError("The manifest's classes are not different texts.")
     check_config(manifest.config)
 
 
@@ -198,13 +206,14 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         BundleError: If it names code to fetch, or holds a number that no model has.
     """
-    named = [field for field in code_fields if field in config]
+    named = [field for part in config_parts(dict(config)) for field in code_fields if field in part]
     if named:
         raise BundleError(f"The manifest's config sets {named[0]!r}, which could make this side run a stranger's code.")
     # The weights are compared with these numbers only after a model was built from them.
-    large = [field for field, value in config.items() if isinstance(value, int) and abs(value) > 2**31]
-    if large:
-        raise BundleError(f"The manifest's config sets {large[0]!r} to {config[large[0]]}, which no model has.")
+    for part in config_parts(dict(config)):
+        large = [field for field, value in part.items() if isinstance(value, int) and abs(value) > 2**31]
+        if large:
+            raise BundleError(f"The manifest's config sets {large[0]!r} to {part[large[0]]}, which no model has.")
 
 
 def read_manifest(directory: Path, *, digest: str | None = None) -> Manifest:

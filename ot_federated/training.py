@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from ot_federated.config import TrainConfig
-from ot_federated.tasks.base import Example
-from ot_federated.tasks.language_model import example_losses, num_tokens
+from ot_federated.tasks.base import AnyExample
+from ot_federated.tasks.losses import example_losses, num_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -197,7 +197,7 @@ class MasterWeights:
 def train(
     model: PreTrainedModel,
     parameters: Mapping[str, nn.Parameter],
-    examples: Sequence[Example],
+    examples: Sequence[AnyExample],
     *,
     start: Mapping[str, torch.Tensor] | None = None,
     batches: Iterator[list[int]],
@@ -243,7 +243,7 @@ def train(
         for target in targets:
             target.grad = None
         losses.append(loss.item())
-        tokens += num_tokens(batch)
+        tokens += num_positions(batch)
         if on_step:
             on_step(StepReport(step + 1, num_steps, losses[-1]))
     model.eval().requires_grad_(False)

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ot_federated.architectures import find_architecture, get_blocks
-from ot_federated.bundle import Manifest, adapter_prefixes
+from ot_federated.bundle import Manifest, adapter_prefixes, head_prefix
 from ot_federated.config import RunConfig
 from ot_federated.emulated_model import adapter_parameters, model_names
 
@@ -68,6 +68,8 @@ def build_tuning(config: RunConfig) -> Tuning:
 def prepare_tuning(model: PreTrainedModel, manifest: Manifest, tuning: Tuning) -> dict[str, nn.Parameter]:
     """Make the emulated model ready and return what trains, by role name, at its start values.
 
+    A classification head trains whole, whatever the method: it is new.
+
     For LoRA the model's linear layers are wrapped, in place; do it once for a model.
     """
     if tuning.method == "full":
@@ -86,7 +88,11 @@ def prepare_tuning(model: PreTrainedModel, manifest: Manifest, tuning: Tuning) -
         elif name.endswith(_b):
             parameter.data = torch.zeros_like(parameter)
     trained = (_b,) if tuning.freeze_a else (_a, _b)
-    return {name: parameter for name, parameter in parameters.items() if name.endswith(trained)}
+    return {
+        name: parameter
+        for name, parameter in parameters.items()
+        if name.endswith(trained) or name.startswith(head_prefix)
+    }
 
 
 def start_state(
@@ -101,10 +107,11 @@ def start_state(
     """
     if tuning.method == "full":
         return {name: base[name].float() for name in parameters}
+    of_head = {name: base[name].float() for name in parameters if name.startswith(head_prefix)}
     return {
         name: initial_a(name, parameter.shape, seed=tuning.seed) if name.endswith(_a) else torch.zeros(parameter.shape)
         for name, parameter in parameters.items()
-    }
+    } | of_head
 
 
 def initial_a(name: str, shape: torch.Size, *, seed: int) -> torch.Tensor:
@@ -131,6 +138,7 @@ def merge(
         return {name: tensor.float() for name, tensor in state.items()}
     prefixes = ("bottom.", "top.") if tuning.placement == "both" else (f"{tuning.placement}.",)
     merged = {name: tensor.float() for name, tensor in base.items() if name.startswith(prefixes)}
+    merged |= {name: tensor.float() for name, tensor in state.items() if name.startswith(head_prefix)}
     matrices = {name.removesuffix(".weight"): tensor for name, tensor in merged.items() if tensor.dim() == 2}
     inputs = {module: tensor.shape[0 if conv1d else 1] for module, tensor in matrices.items()}
     for module, (a, b) in lora_pairs(state, tuning, inputs=inputs).items():

@@ -224,17 +224,17 @@ def attack(directory: Path, settings: Mapping[str, Scalar], summary: Mapping[str
     from ot_federated.attacks.membership import judge_attacks, measure_signals, membership_scores
     from ot_federated.attacks.one_run_audit import audit_with_best
     from ot_federated.data_owner.audit import reset
-    from ot_federated.data_owner.fine_tuning import load_model_once, load_tokenizer_once
+    from ot_federated.data_owner.fine_tuning import build_bundle_task, load_model_once
     from ot_federated.devices import choose_device
     from ot_federated.model_owner.checkpoints import load_latest_checkpoint
-    from ot_federated.tasks.registry import build_configured_task
+    from ot_federated.tasks.losses import continuations
     from ot_federated.tuning import build_tuning
 
     config = parse_run_config({key: value for key, value in settings.items() if key not in simulation_keys})
     bundle = find_bundle(str(summary["offsite"]["bundle_digest"]))
-    task = build_configured_task(config, load_tokenizer_once(str(bundle)))
     coins = json.loads((directory / "train" / "coins.json").read_text(encoding="utf-8"))
-    examples, included = task.encode(coins["candidates"]), np.array(coins["included"], dtype=bool)
+    examples = continuations(build_bundle_task(config, bundle).encode(coins["candidates"]))
+    included = np.array(coins["included"], dtype=bool)
     tunable = load_model_once(str(bundle), choose_device(config.model.device), build_tuning(config))
     reset(tunable, tunable.reference)
     before = measure_signals(tunable.model, examples)

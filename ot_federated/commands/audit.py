@@ -67,11 +67,11 @@ def audit_data(parsed: argparse.Namespace) -> int:
     from ot_federated.cache import atomic_write_text
     from ot_federated.config import parse_run_config
     from ot_federated.data_owner.audit import Training, audit_data_owner
-    from ot_federated.data_owner.fine_tuning import load_tokenizer_once
+    from ot_federated.data_owner.fine_tuning import build_bundle_task
     from ot_federated.data_owner.private_tuning import PrivacySettings
     from ot_federated.devices import choose_device
     from ot_federated.sources import load_table
-    from ot_federated.tasks.registry import build_configured_task
+    from ot_federated.tasks.losses import continuations
     from ot_federated.training import build_optimizer_settings, plan_round
     from ot_federated.tuning import build_tuning
 
@@ -80,8 +80,7 @@ def audit_data(parsed: argparse.Namespace) -> int:
     rows = load_table(parsed.data, split="train", columns=list(config.columns.values()))
     if parsed.max_examples:
         rows = rows.select(range(min(parsed.max_examples, rows.num_rows)))
-    task = build_configured_task(config, load_tokenizer_once(str(parsed.bundle)))
-    examples = task.encode(rows)
+    examples = continuations(build_bundle_task(config, parsed.bundle).encode(rows))
     steps = config.num_server_rounds * plan_round(
         num_examples=len(examples) - parsed.candidates // 2,
         batch_size=config.train.batch_size,

@@ -7,7 +7,7 @@ expected of memory, and what a message does not need (torch, transformers) is no
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from ot_federated.data_owner.policy import Policy
-    from ot_federated.tasks.base import Example
+    from ot_federated.tasks.base import AnyExample
     from ot_federated.training import OptimizerSettings, StepReport
     from ot_federated.tuning import Tuning
 
@@ -141,7 +141,7 @@ class Assignment:
     directory: Path
     adapter: dict[str, torch.Tensor]
     rows: Dataset
-    examples: list[Example]
+    examples: Sequence[AnyExample]
     client: str
     device: str
     tuning: Tuning
@@ -160,11 +160,10 @@ def read_assignment(message: Message, context: Context, directory: Path) -> Assi
         DataError: If the local data is not what the task needs.
         ConfigError: If the run config or the policy file is wrong.
     """
-    from ot_federated.data_owner.fine_tuning import load_model_once, load_tokenizer_once
+    from ot_federated.data_owner.fine_tuning import build_bundle_task, load_model_once
     from ot_federated.data_owner.local_data import load_local_rows
     from ot_federated.data_owner.policy import default_policy, load_policy
     from ot_federated.devices import choose_device
-    from ot_federated.tasks.registry import build_configured_task
     from ot_federated.training import build_optimizer_settings
     from ot_federated.tuning import build_tuning
 
@@ -186,8 +185,7 @@ def read_assignment(message: Message, context: Context, directory: Path) -> Assi
         max_train_examples=config.data.max_train_examples,
         seed=config.seed,
     )
-    tokenizer = load_tokenizer_once(str(directory))
-    task = build_configured_task(config, tokenizer)
+    task = build_bundle_task(config, directory)
     examples = task.encode(rows)
     if not examples:
         raise DataError("This client's shard has no example to train on: give it more data, or use fewer clients.")

@@ -24,7 +24,7 @@ from torch import nn
 
 from ot_federated.data_owner.per_example_gradients import PrivacyError, open_clipped_gradients
 from ot_federated.secure_random import SecureRandom
-from ot_federated.tasks.base import Example
+from ot_federated.tasks.base import AnyExample
 from ot_federated.training import MasterWeights, OptimizerSettings, StepReport, TrainingResult, scale_learning_rate
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def add_noise(
 def train_privately(
     model: PreTrainedModel,
     parameters: Mapping[str, nn.Parameter],
-    examples: Sequence[Example],
+    examples: Sequence[AnyExample],
     *,
     start: Mapping[str, torch.Tensor] | None = None,
     num_steps: int,

@@ -14,13 +14,18 @@ import torch
 from torch import nn
 
 from ot_federated.bundle import read_manifest, read_tensors
+from ot_federated.config import RunConfig
 from ot_federated.emulated_model import load_emulated_model
-from ot_federated.tasks.base import Example
+from ot_federated.processors import load_bundle_processor
+from ot_federated.tasks.base import AnyExample, Task
+from ot_federated.tasks.registry import build_configured_task
 from ot_federated.training import OptimizerSettings, StepReport, TrainingResult, draw_batches, plan_round, train
 from ot_federated.tuning import Tuning, prepare_tuning, start_state
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+
+    from ot_federated.processors import Processor
 
 full_tuning = Tuning()
 
@@ -54,18 +59,21 @@ def load_model_once(directory: str, device: str, tuning: Tuning = full_tuning) -
 
 
 @lru_cache(maxsize=1)
-def load_tokenizer_once(directory: str) -> PreTrainedTokenizerBase:
-    """Load the bundle's tokenizer once a process."""
-    from transformers import AutoTokenizer
+def load_processor_once(directory: str) -> Processor:
+    """Load the bundle's tokenizer or image processor once a process."""
+    return load_bundle_processor(Path(directory))
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    return tokenizer
+
+def build_bundle_task(config: RunConfig, directory: Path) -> Task:
+    """Build the run's task with the bundle's processor and classes."""
+    classes = read_manifest(directory).classes
+    return build_configured_task(config, load_processor_once(str(directory)), classes=classes)
 
 
 def fine_tune(
     directory: Path,
     adapter: Mapping[str, torch.Tensor],
-    examples: Sequence[Example],
+    examples: Sequence[AnyExample],
     *,
     device: str,
     tuning: Tuning,
@@ -116,7 +124,7 @@ def fine_tune(
         examples,
         start=adapter,
         batches=draw_batches(
-            [len(example.input_ids) for example in examples],
+            [example.length for example in examples],
             batch_size=batch_size,
             first_step=first_step,
             num_steps=num_steps,

@@ -28,8 +28,8 @@ import torch
 from torch import nn
 
 from ot_federated.errors import ConfigError, OtFederatedError, nearest_match
-from ot_federated.tasks.base import Example
-from ot_federated.tasks.language_model import example_losses
+from ot_federated.tasks.base import AnyExample
+from ot_federated.tasks.losses import example_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,7 +59,9 @@ class ClippedGradients:
         self._add_clipped = add_clipped
         self._micro_batch_size = micro_batch_size
 
-    def sum(self, examples: Sequence[Example], *, max_grad_norm: float, clipping: str = "flat") -> list[torch.Tensor]:
+    def sum(
+        self, examples: Sequence[AnyExample], *, max_grad_norm: float, clipping: str = "flat"
+    ) -> list[torch.Tensor]:
         """Return the sum over examples of their clipped gradients, in fp32, in the order of the parameters.
 
         Args:
@@ -69,7 +71,7 @@ class ClippedGradients:
         """
         sums = [torch.zeros_like(target, dtype=torch.float32) for target in self._targets]
         # A sum has no order: examples of similar length share a micro-batch, so little is padded.
-        ordered = sorted(examples, key=lambda example: len(example.input_ids))
+        ordered = sorted(examples, key=lambda example: example.length)
 
         def clip(norms: torch.Tensor) -> torch.Tensor:
             return clip_factors(norms, max_grad_norm=max_grad_norm, clipping=clipping)
@@ -80,7 +82,7 @@ class ClippedGradients:
 
 
 Clip = Callable[[torch.Tensor], torch.Tensor]
-AddClipped = Callable[[Sequence[Example], list[torch.Tensor], Clip], None]
+AddClipped = Callable[[Sequence[AnyExample], list[torch.Tensor], Clip], None]
 
 
 def clip_factors(norms: torch.Tensor, *, max_grad_norm: float, clipping: str) -> torch.Tensor:
@@ -148,7 +150,7 @@ def _squared_norms(gradients: torch.Tensor) -> torch.Tensor:
 def _loop(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> Iterator[AddClipped]:
     targets = list(parameters.values())
 
-    def add_clipped(batch: Sequence[Example], sums: list[torch.Tensor], clip: Clip) -> None:
+    def add_clipped(batch: Sequence[AnyExample], sums: list[torch.Tensor], clip: Clip) -> None:
         for example in batch:
             loss = example_losses(model, [example])[0].sum()
             if not loss.requires_grad:
@@ -168,7 +170,7 @@ def _loop(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> Ite
 def _hooks(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> Iterator[AddClipped]:
     from opacus.grad_sample import GradSampleHooks
 
-    def add_clipped(batch: Sequence[Example], sums: list[torch.Tensor], clip: Clip) -> None:
+    def add_clipped(batch: Sequence[AnyExample], sums: list[torch.Tensor], clip: Clip) -> None:
         example_losses(model, batch)[0].sum().backward()
         found = []
         for total, (name, parameter) in zip(sums, parameters.items(), strict=True):
@@ -198,7 +200,7 @@ def _ghost(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> It
             "hooks, or model.dtype=float32."
         )
 
-    def add_clipped(batch: Sequence[Example], sums: list[torch.Tensor], clip: Clip) -> None:
+    def add_clipped(batch: Sequence[AnyExample], sums: list[torch.Tensor], clip: Clip) -> None:
         losses = example_losses(model, batch)[0]
         losses.sum().backward(retain_graph=True)
         norms = []

@@ -2,7 +2,8 @@
 
 Engines that look inside a model fail silently on some (weights used beside their layer, positions shared by a
 batch, a loss whose mean runs over the batch): the clipped sum is then wrong, and epsilon with it. Two properties
-that need no knowledge of the model find these mistakes; both are tried on made-up tokens, never on private data.
+that need no knowledge of the model find these mistakes; both are tried on made-up tokens or images, never on
+private data.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -23,7 +23,8 @@ from ot_federated.data_owner.per_example_gradients import (
     clip_factors,
     open_clipped_gradients,
 )
-from ot_federated.tasks.base import Example
+from ot_federated.tasks.base import AnyExample
+from ot_federated.tasks.losses import make_up_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,7 +77,7 @@ def check_per_example_gradients(
     Raises:
         PrivacyError: If a property does not hold, or the engine cannot work with this model.
     """
-    examples = _make_examples(model)
+    examples = make_up_examples(model, shapes=_lengths, seed=0)
     with _without_zeros(parameters):
         singles = _single_gradients(model, parameters, examples)
         norms = [_norm(single) for single in singles]
@@ -98,7 +99,7 @@ def check_per_example_gradients(
 
 def _measure(
     gradients: ClippedGradients,
-    examples: Sequence[Example],
+    examples: Sequence[AnyExample],
     singles: Sequence[Sequence[torch.Tensor]],
     *,
     max_grad_norm: float,
@@ -169,16 +170,10 @@ def _distance(sums: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> f
 
 
 def _single_gradients(
-    model: PreTrainedModel, parameters: Mapping[str, nn.Parameter], examples: Sequence[Example]
+    model: PreTrainedModel, parameters: Mapping[str, nn.Parameter], examples: Sequence[AnyExample]
 ) -> list[list[torch.Tensor]]:
     with open_clipped_gradients(model, parameters, engine="loop", micro_batch_size=1) as loop:
         return [loop.sum([example], max_grad_norm=math.inf) for example in examples]
-
-
-def _make_examples(model: PreTrainedModel) -> list[Example]:
-    rng = np.random.default_rng(0)
-    size = model.config.get_text_config().vocab_size
-    return [Example(tuple(int(token) for token in rng.integers(size, size=length)), num) for length, num in _lengths]
 
 
 @contextmanager

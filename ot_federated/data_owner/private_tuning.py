@@ -25,7 +25,7 @@ from ot_federated.data_owner.privacy_self_check import check_per_example_gradien
 from ot_federated.privacy_accounting import calibrate_noise_multiplier
 from ot_federated.privacy_guarantee import Guarantee
 from ot_federated.secure_random import SecureRandom
-from ot_federated.tasks.base import Example
+from ot_federated.tasks.base import AnyExample
 from ot_federated.training import OptimizerSettings, StepReport, TrainingResult
 from ot_federated.tuning import Tuning
 
@@ -78,7 +78,7 @@ def check_once(directory: str, device: str, tuning: Tuning, engine: str, max_gra
 def tune_privately(
     directory: Path,
     adapter: Mapping[str, torch.Tensor],
-    examples: Sequence[Example],
+    examples: Sequence[AnyExample],
     *,
     rows: Iterable[Mapping[str, Any]],
     dataset: str,

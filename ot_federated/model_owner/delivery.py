@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 
 from ot_federated.architectures import find_architecture
-from ot_federated.bundle import StackEntry
+from ot_federated.bundle import StackEntry, head_prefix
 from ot_federated.cache import atomic_directory, file_sha256
 from ot_federated.model_owner.plug_in import full_model_names, plug_in
 from ot_federated.tuning import Tuning, lora_pairs, uses_conv1d
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+
+    from ot_federated.processors import Processor
 
 adapter_file = "adapter.safetensors"
 
@@ -58,7 +60,8 @@ def deliver_lora(
     """
     from peft import LoraConfig
 
-    blocks = find_architecture(model.config).blocks
+    architecture = find_architecture(model.config)
+    blocks = architecture.blocks
     places = {entry.prefix: f"{blocks}.{entry.first_block}." for entry in stack if entry.role in ("bottom", "top")}
     conv1d = uses_conv1d(model)
     parameters = dict(model.named_parameters())
@@ -74,11 +77,15 @@ def deliver_lora(
         modules.append(module)
         tensors[f"base_model.model.{module}.lora_A.weight"] = a.contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = b.contiguous()
+    of_head = {name.removeprefix(head_prefix): value for name, value in state.items() if name.startswith(head_prefix)}
+    for name, value in of_head.items():
+        tensors[f"base_model.model.{architecture.head}.{name}"] = value.float().contiguous()
     config = LoraConfig(
         r=tuning.lora_r,
         lora_alpha=tuning.lora_alpha,  # type: ignore[arg-type]  # PEFT takes and scales by any number
         target_modules=modules,
-        task_type="CAUSAL_LM",
+        task_type=None if of_head else "CAUSAL_LM",
+        modules_to_save=[architecture.head] if of_head else None,
         base_model_name_or_path=str(description["base_model"]),
         fan_in_fan_out=conv1d,
         inference_mode=True,
@@ -95,7 +102,7 @@ def deliver_model(
     directory: Path,
     *,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Processor,
     adapter: Mapping[str, torch.Tensor],
     stack: Sequence[StackEntry],
     placement: str,

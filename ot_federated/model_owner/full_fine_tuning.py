@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ot_federated.tasks.base import Example
+from ot_federated.tasks.base import AnyExample
 from ot_federated.training import OptimizerSettings, StepReport, draw_batches, train
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def fine_tune_full_model(
     model: PreTrainedModel,
-    examples: Sequence[Example],
+    examples: Sequence[AnyExample],
     *,
     num_steps: int,
     batch_size: int,
@@ -35,7 +35,7 @@ def fine_tune_full_model(
         dict(model.named_parameters()),
         examples,
         batches=draw_batches(
-            [len(example.input_ids) for example in examples],
+            [example.length for example in examples],
             batch_size=batch_size,
             first_step=0,
             num_steps=num_steps,

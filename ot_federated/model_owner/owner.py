@@ -6,28 +6,37 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from ot_federated.architectures import find_architecture
 from ot_federated.bundle import Manifest, read_tensors
 from ot_federated.cache import file_sha256
 from ot_federated.config import RunConfig
 from ot_federated.devices import choose_device, choose_dtype
-from ot_federated.errors import ConfigError
+from ot_federated.errors import ConfigError, DataError
+from ot_federated.label_words import parse_label_words
 from ot_federated.logs import logger
 from ot_federated.model_owner.evaluation import choose_rows
 from ot_federated.model_owner.full_model import load_full_model, model_fingerprint
+from ot_federated.model_owner.head_start import fit_head, has_untrained_head
 from ot_federated.model_owner.preparation import prepare_bundle
 from ot_federated.package_assets import is_package_source
+from ot_federated.processors import set_image_size
 from ot_federated.reporting.run_directory import RunDirectory
-from ot_federated.sources import is_local_source, list_files, load_table
-from ot_federated.tasks.base import Row, Score, Task
+from ot_federated.sources import draw_rows, is_local_source, list_files, load_table
+from ot_federated.tasks.base import LabelledImage, Row, Score, Task
+from ot_federated.tasks.image_classification import ImageClassification
+from ot_federated.tasks.labels import list_classes
+from ot_federated.tasks.losses import num_public_tokens
 from ot_federated.tasks.registry import build_configured_task, build_task, task_fields
 from ot_federated.tuning import Tuning, build_tuning, merge, uses_conv1d
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ot_federated.processors import Processor
 
 say = logger.info
 
@@ -39,7 +48,7 @@ class Owner:
     config: RunConfig
     run: RunDirectory
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    processor: Processor
     task: Task
     device: str
     dtype: torch.dtype
@@ -73,7 +82,7 @@ def prepare(config: RunConfig, run: RunDirectory) -> Owner:
         config=config,
         run=run,
         model=parts.model,
-        tokenizer=parts.tokenizer,
+        processor=parts.processor,
         task=parts.task,
         device=parts.device,
         dtype=parts.dtype,
@@ -88,10 +97,10 @@ def prepare(config: RunConfig, run: RunDirectory) -> Owner:
 
 @dataclass(frozen=True)
 class Parts:
-    """The full model, and what goes with it."""
+    """The full model, its head fitted, and what goes with it."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    processor: Processor
     task: Task
     device: str
     dtype: torch.dtype
@@ -102,9 +111,52 @@ def load_parts(config: RunConfig) -> Parts:
     device = choose_device(config.model.device)
     dtype = choose_dtype(config.model.dtype, device=device)
     say("loading %s in %s on %s", config.model.source, str(dtype).removeprefix("torch."), device)
-    model, tokenizer = load_full_model(config.model.source, revision=config.model.revision, dtype=dtype, device=device)
+    classes = choose_classes(config)
+    model, processor = load_full_model(
+        config.model.source,
+        revision=config.model.revision,
+        dtype=dtype,
+        device=device,
+        reads=config.reads,
+        classes=classes,
+    )
     check_positions(model.config, max_length=config.data.max_length)
-    return Parts(model, tokenizer, build_configured_task(config, tokenizer), device, dtype)
+    if config.reads == "image" and config.data.image_size:
+        architecture = find_architecture(model.config)
+        set_image_size(processor, config.data.image_size, architecture=architecture, config=model.config)
+    task = build_configured_task(config, processor, classes=classes)
+    if config.task.head_start == "probe" and has_untrained_head(model):
+        say("fitting the head to the labels of %s", config.offsite.public_text)
+        fit_head(model, read_labelled_public(config, task), classes=classes)
+    return Parts(model, processor, task, device, dtype)
+
+
+def choose_classes(config: RunConfig) -> tuple[str, ...]:
+    """Return the classes of the model's head: those of ``task.label-words``, else those of the validation data."""
+    if not config.has_head:
+        return ()
+    if config.task.label_words:
+        return tuple(parse_label_words(config.task.label_words))
+    column = config.data.label_column
+    table = load_table(config.data.validation, split="validation", columns=[column])
+    return list_classes(table[column], column=column)
+
+
+def read_labelled_public(config: RunConfig, task: Task) -> Any:
+    """Return the public data as labelled examples.
+
+    Raises:
+        ConfigError: If it has no such columns.
+    """
+    source = config.offsite.public_text
+    try:
+        table = load_table(source, split=None, columns=list(config.columns.values()))
+    except DataError as error:
+        raise ConfigError(
+            f"task.head-start='probe' fits the new head to labelled public data, and offsite.public-text={source!r} is "
+            f"none: {error} Give labelled data, or set task.head-start=zero."
+        ) from error
+    return task.encode(table)
 
 
 def make_bundle(config: RunConfig, parts: Parts) -> tuple[Path, Manifest]:
@@ -112,13 +164,13 @@ def make_bundle(config: RunConfig, parts: Parts) -> tuple[Path, Manifest]:
     offsite = config.offsite
     return prepare_bundle(
         parts.model,
-        parts.tokenizer,
+        parts.processor,
         bottom=offsite.bottom_blocks,
         emulator=offsite.emulator_blocks,
         top=offsite.top_blocks,
         keep=offsite.keep,
         gaps=offsite.gaps,
-        read_public_text=lambda: read_public_text(config, parts.task, parts.tokenizer),
+        read_public_text=lambda: read_public(config, parts),
         calibration_tokens=offsite.calibration_tokens,
         ridge=offsite.bridge_ridge,
         recipe=bundle_recipe(config, parts.dtype) | {"commit": getattr(parts.model.config, "_commit_hash", None)},
@@ -154,6 +206,17 @@ def check_positions(model_config: Any, *, max_length: int) -> None:
         raise ConfigError(f"data.max-length={max_length} is beyond the model's {positions} positions: lower it.")
 
 
+def read_public(config: RunConfig, parts: Parts) -> list[str] | torch.Tensor:
+    """Return what the emulator is fitted on: public texts, or images ``(num_images, channels, height, width)``."""
+    if not isinstance(parts.task, ImageClassification):
+        return read_public_text(config, parts.task, cast("PreTrainedTokenizerBase", parts.processor))
+    column = config.data.image_column
+    table = load_table(config.offsite.public_text, split=None, columns=[column])
+    num_tokens = num_public_tokens(parts.model, parts.task.read_images([table[0]]))
+    max_rows = max(1, config.offsite.calibration_tokens // num_tokens)
+    return parts.task.read_images(table.select(draw_rows(table.num_rows, max_rows=max_rows, seed=config.seed)))
+
+
 def read_public_text(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the public texts that the emulator is fitted on: a text column, or examples as the task words them."""
     source, column = config.offsite.public_text, config.offsite.public_text_column
@@ -166,16 +229,23 @@ def read_public_text(config: RunConfig, task: Task, tokenizer: PreTrainedTokeniz
         task = build_task("multiple-choice", tokenizer, columns=columns, max_length=config.data.max_length)
     table = load_table(source, split=None, columns=list(columns.values()))
     examples = task.encode(table.select(range(min(table.num_rows, config.offsite.calibration_tokens))))
-    return [str(tokenizer.decode(list(example.input_ids), skip_special_tokens=True)) for example in examples]
+    return [
+        str(tokenizer.decode(list(example.input_ids), skip_special_tokens=True))
+        for example in examples
+        if not isinstance(example, LabelledImage)
+    ]
 
 
 def bundle_recipe(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Return all that determines the bundle."""
     source = config.offsite.public_text
+    data = {"columns": config.columns, "max_length": config.data.max_length, "image_size": config.data.image_size}
+    if config.has_head:
+        data["classes"] = choose_classes(config)
     return {
         "model": model_fingerprint(config.model.source, revision=config.model.revision),
         "dtype": str(dtype),
         "offsite": asdict(config.offsite),
-        "task": {**asdict(config.task), "columns": config.columns, "max_length": config.data.max_length},
+        "task": {**asdict(config.task), **data},
         "public_text": [file_sha256(path) for path in list_files(source)] if is_local_source(source) else source,
     }

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ot_federated.architectures import find_architecture, get_blocks
-from ot_federated.bundle import StackEntry
+from ot_federated.architectures import find_architecture, find_head, get_blocks
+from ot_federated.bundle import StackEntry, head_prefix
 from ot_federated.errors import PlugInError
 
 if TYPE_CHECKING:
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 
 def full_model_names(model: PreTrainedModel, stack: Sequence[StackEntry]) -> dict[str, str]:
-    """Return the adapter's role names -> the full model's parameter names."""
+    """Return the adapter's role names -> the full model's parameter names; a classification head is part of it."""
     architecture = find_architecture(model.config)
-    blocks = get_blocks(model, architecture)
-    return {
+    blocks, head = get_blocks(model, architecture), find_head(model, architecture)
+    of_head = {} if head is None else {head_prefix + n: f"{architecture.head}.{n}" for n, _ in head.named_parameters()}
+    return of_head | {
         entry.prefix + name: f"{architecture.blocks}.{entry.first_block}.{name}"
         for entry in stack
         if entry.role in ("bottom", "top")
@@ -54,7 +55,8 @@ def plug_in(
             then unchanged.
     """
     names = full_model_names(model, stack)
-    wanted = {name for name in names if placement in ("both", name.partition(".")[0])}
+    # A classification head is tuned wherever the blocks are.
+    wanted = {name for name in names if placement == "both" or name.startswith((f"{placement}.", head_prefix))}
     missing, unknown = sorted(wanted - adapter.keys()), sorted(adapter.keys() - wanted)
     if missing or unknown:
         raise PlugInError(

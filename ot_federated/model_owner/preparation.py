@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -24,17 +24,19 @@ from ot_federated.model_owner.splitting import plan_stack, write_bundle
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ot_federated.processors import Processor
+
 
 def prepare_bundle(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Processor,
     *,
     bottom: int,
     emulator: int,
     top: int,
     keep: str,
     gaps: str,
-    read_public_text: Callable[[], Sequence[str]],
+    read_public_text: Callable[[], Sequence[str] | torch.Tensor],
     calibration_tokens: int,
     ridge: float,
     recipe: dict[str, Any],
@@ -44,13 +46,14 @@ def prepare_bundle(
 
     Args:
         model: The full model.
-        tokenizer: Its tokenizer, which goes into the bundle.
+        tokenizer: Its tokenizer or image processor, which goes into the bundle.
         bottom: Blocks of the bottom adapter.
         emulator: Middle blocks that stay.
         top: Blocks of the top adapter.
         keep: Which middle blocks stay, see :func:`choose_blocks`.
         gaps: ``empty`` or ``bridge``.
-        read_public_text: Gives the public texts; called only when they are needed.
+        read_public_text: Gives the public texts, or images ``(num_images, channels, height, width)``; called only when
+            they are needed.
         calibration_tokens: Tokens of public text to use.
         ridge: Penalty of the bridges, relative.
         recipe: All that determines the bundle (sources, digests, settings), as JSON values.
@@ -75,10 +78,7 @@ def prepare_bundle(
             return directory, manifest
     windows = None
     if keep not in text_free or gaps == "bridge":
-        positions = int(getattr(model.config, "max_position_embeddings", 0) or 10**9)
-        windows = tokenise_public_text(
-            tokenizer, read_public_text(), num_tokens=calibration_tokens, max_positions=positions
-        )
+        windows = prepare_windows(model, tokenizer, read_public_text(), num_tokens=calibration_tokens)
     kept = choose_blocks(
         model,
         windows,
@@ -93,7 +93,7 @@ def prepare_bundle(
     runs = [(entry.first_block, entry.last_block) for entry in stack if entry.role == "bridge"]
     bridges: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     if runs and windows is not None:
-        say(f"Fitting {len(runs)} bridges on {windows.numel()} tokens of public text")
+        say(f"Fitting {len(runs)} bridges on {len(windows)} windows of public text, or images")
         bridges = fit_bridges(model, windows, runs, ridge=ridge)
     manifest = write_bundle(
         directory,
@@ -105,6 +105,17 @@ def prepare_bundle(
     )
     say(f"Bundle {manifest.digest[:12]}: {manifest.num_bytes / 1e6:.0f} MB, middle blocks kept {kept}")
     return directory, manifest
+
+
+def prepare_windows(
+    model: PreTrainedModel, processor: Processor, public: Sequence[str] | torch.Tensor, *, num_tokens: int
+) -> torch.Tensor:
+    """Return public texts as token windows ``(num_windows, window)``; images are the model's inputs as they are."""
+    if isinstance(public, torch.Tensor):
+        return public
+    tokenizer = cast("PreTrainedTokenizerBase", processor)
+    positions = int(getattr(model.config, "max_position_embeddings", 0) or 10**9)
+    return tokenise_public_text(tokenizer, public, num_tokens=num_tokens, max_positions=positions)
 
 
 def check_model(directory: Path, manifest: Manifest, model: PreTrainedModel) -> None:

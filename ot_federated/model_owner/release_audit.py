@@ -20,13 +20,15 @@ from ot_federated.attacks.similarity import linear_cka
 from ot_federated.bundle import Manifest, read_manifest
 from ot_federated.config import RunConfig
 from ot_federated.emulated_model import load_emulated_model
-from ot_federated.model_owner.compression.calibration import block_states, tokenise_public_text
+from ot_federated.errors import ConfigError
+from ot_federated.model_owner.compression.calibration import block_states
 from ot_federated.model_owner.evaluation import choose_rows
-from ot_federated.model_owner.owner import load_parts, make_bundle, read_public_text
-from ot_federated.model_owner.preparation import check_model
+from ot_federated.model_owner.owner import load_parts, make_bundle, read_public
+from ot_federated.model_owner.preparation import check_model, prepare_windows
 from ot_federated.sources import load_table
 from ot_federated.tasks.base import Example, Row, Task
 from ot_federated.tasks.language_model import example_losses, num_tokens
+from ot_federated.tasks.losses import continuations
 from ot_federated.training import OptimizerSettings, StepReport, draw_batches, train
 
 if TYPE_CHECKING:
@@ -291,16 +293,22 @@ def audit_release(
     Returns:
         ``exact_weights``, ``cka``, scores of the ``full`` model and the ``emulator``, ``attacks`` with what they
         recovered, ``releases``; JSON values.
+
+    Raises:
+        ConfigError: If the task has a classification head.
     """
+    if config.has_head:
+        raise ConfigError(
+            "The audit reads a language model's tokens: it is not for tasks with a classification head. Set task.name "
+            "to multiple-choice, causal-lm or instruction."
+        )
     parts = load_parts(config)
-    model, tokenizer, task, device = parts.model, parts.tokenizer, parts.task, parts.device
+    model, task, device = parts.model, parts.task, parts.device
     if bundle is None:
         bundle, _ = make_bundle(config, parts)
     manifest = read_manifest(bundle)
     check_model(bundle, manifest, model)
-    texts = read_public_text(config, task, tokenizer)
-    positions = int(getattr(model.config, "max_position_embeddings", 0) or 10**9)
-    windows = tokenise_public_text(tokenizer, texts, num_tokens=10**7, max_positions=positions)
+    windows = prepare_windows(model, parts.processor, read_public(config, parts), num_tokens=10**7)
     held_out = max(1, min(len(windows) // 4, num_public_tokens // windows.shape[1]))
     columns = list(config.columns.values())
     client_rows = load_table(config.data.train, split="train", columns=columns)
@@ -312,7 +320,7 @@ def audit_release(
     )
     # Scored on the end of the public text; the bridges were fitted on its beginning.
     yardstick = Yardstick(task=task, rows=rows, public_examples=window_examples(windows[-held_out:]))
-    data = {"public": window_examples(windows[:-held_out]), "client": task.encode(client_rows)}
+    data = {"public": window_examples(windows[:-held_out]), "client": continuations(task.encode(client_rows))}
     full = yardstick.score(model)
     exact, cka = describe_exposure(bundle, model), compare_states(bundle, model, windows[-held_out:])
     del model

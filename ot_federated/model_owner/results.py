@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from ot_federated.bundle import head_prefix, read_tensors
 from ot_federated.cache import atomic_write_text
 from ot_federated.emulated_model import load_adapter, load_emulated_model
 from ot_federated.logs import logger
@@ -16,7 +17,7 @@ from ot_federated.model_owner.evaluation import format_rows, recovery, row_names
 from ot_federated.model_owner.full_fine_tuning import fine_tune_full_model
 from ot_federated.model_owner.full_model import load_full_model
 from ot_federated.model_owner.owner import Owner
-from ot_federated.model_owner.plug_in import plugged_in
+from ot_federated.model_owner.plug_in import full_model_names, plugged_in
 from ot_federated.model_owner.splitting import describe_split, package_versions
 from ot_federated.reporting.model_card import describe_privacy as describe_guarantee
 from ot_federated.reporting.model_card import render_model_card
@@ -60,8 +61,17 @@ def score_full_fine_tuning(owner: Owner, *, num_steps: int) -> Score:
     table = load_table(config.data.train, split="train", columns=list(columns.values()))
     rows = table.select(draw_rows(table.num_rows, max_rows=config.data.max_train_examples, seed=config.seed))
     model, _ = load_full_model(
-        config.model.source, revision=config.model.revision, dtype=owner.dtype, device=owner.device
+        config.model.source,
+        revision=config.model.revision,
+        dtype=owner.dtype,
+        device=owner.device,
+        reads=config.reads,
+        classes=owner.manifest.classes,
     )
+    start = read_tensors(owner.bundle / "adapter.safetensors")
+    names = full_model_names(model, owner.manifest.stack)
+    # A new head starts where the clients' did.
+    model.load_state_dict({names[n]: start[n] for n in start if n.startswith(head_prefix)}, strict=False)
     optimizer = replace(
         build_optimizer_settings(config.train), learning_rate=config.evaluation.full_learning_rate, proximal_mu=0.0
     )
@@ -117,7 +127,7 @@ def finish(
     deliver_model(
         run.path / "model",
         model=owner.model,
-        tokenizer=owner.tokenizer,
+        tokenizer=owner.processor,
         adapter=adapter,
         stack=stack,
         placement=config.tuning.placement,

@@ -15,13 +15,15 @@ import torch
 from safetensors.torch import save_file
 
 import ot_federated
-from ot_federated.architectures import check_split, cut_config, find_architecture, get_blocks
-from ot_federated.bundle import Manifest, StackEntry, describe_files, manifest_name
+from ot_federated.architectures import check_split, cut_config, find_architecture, find_head, get_blocks
+from ot_federated.bundle import Manifest, StackEntry, describe_files, head_prefix, manifest_name
 from ot_federated.cache import atomic_directory
 from ot_federated.emulated_model import tied_names
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+
+    from ot_federated.processors import Processor
 
 version_packages = ("torch", "transformers", "flwr", "safetensors")
 
@@ -78,7 +80,10 @@ def split_tensors(
             tensors = blocks[entry.first_block].state_dict()
         part = "adapter" if entry.role in ("bottom", "top") else "emulator"
         parts[part].update({entry.prefix + name: tensor.detach() for name, tensor in tensors.items()})
-    inside = architecture.blocks + "."
+    head = find_head(model, architecture)
+    if head is not None:
+        parts["adapter"].update({head_prefix + name: tensor.detach() for name, tensor in head.state_dict().items()})
+    inside = (architecture.blocks + ".", architecture.head + ".")
     aliases = tied_names(model)
     parts["frozen"] = {
         name: tensor.detach()
@@ -92,7 +97,7 @@ def write_bundle(
     directory: Path,
     *,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Processor,
     stack: Sequence[StackEntry],
     bridges: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
     compression: str,
@@ -126,9 +131,17 @@ def write_bundle(
             middle_bytes=sum(p.numel() * p.element_size() for block in middle for p in block.parameters()),
             files=describe_files(partial),
             versions=package_versions(),
+            classes=read_classes(model),
         )
         (partial / manifest_name).write_bytes(manifest.to_bytes())
     return manifest
+
+
+def read_classes(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the names of the classes of the model's classification head, in its order; none without one."""
+    if find_head(model, find_architecture(model.config)) is None:
+        return ()
+    return tuple(name for _, name in sorted((model.config.id2label or {}).items(), key=lambda item: int(item[0])))
 
 
 def exact_weight_fraction(model: PreTrainedModel, parts: Mapping[str, Mapping[str, torch.Tensor]]) -> float:

@@ -27,6 +27,47 @@ class Example:
     input_ids: tuple[int, ...]
     num_context: int
 
+    @property
+    def length(self) -> int:
+        """Tokens: examples of equal length are cheap to batch."""
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """A tokenised text and the number of its class: for a model with a classification head."""
+
+    input_ids: tuple[int, ...]
+    label: int
+
+    @property
+    def length(self) -> int:
+        """Tokens: examples of equal length are cheap to batch."""
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """An image and the number of its class.
+
+    Attributes:
+        read: Gives the image as the model wants it, ``(channels, height, width)``. It is decoded when it is used:
+            a set of photographs fits into memory as files, not as numbers.
+        label: Number of its class.
+    """
+
+    read: Callable[[], torch.Tensor]
+    label: int
+
+    @property
+    def length(self) -> int:
+        """All images are of one size."""
+        return 1
+
+
+# What a task may be learnt from; ``tasks.losses`` knows each kind's loss.
+AnyExample = Example | LabelledText | LabelledImage
+
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
@@ -65,7 +106,7 @@ class Task(Protocol):
 
     name: str
 
-    def encode(self, rows: Iterable[Row]) -> list[Example]:
+    def encode(self, rows: Iterable[Row]) -> Sequence[AnyExample]:
         """Turn rows into training examples.
 
         Raises:

@@ -36,6 +36,7 @@ from ot_federated.secure_random import SecureRandom
 from ot_federated.settings import Scalar
 from ot_federated.sources import load_table
 from ot_federated.tasks.base import Example
+from ot_federated.tasks.losses import continuations
 from ot_federated.training import StepReport, build_optimizer_settings, draw_batches, train
 from ot_federated.tuning import build_tuning
 from simulations.benchmarks.environment import write_results
@@ -122,8 +123,8 @@ def prepare_inputs(config: RunConfig, *, batch_size: int, num_batches: int) -> t
         owner = prepare(config, RunDirectory(Path(directory)))
     columns = config.columns
     rows = load_table(config.data.train, split="train", columns=list(columns.values()))
-    examples = owner.task.encode(rows.select(range(min(rows.num_rows, 64 * batch_size))))
-    lengths = [len(example.input_ids) for example in examples]
+    examples = continuations(owner.task.encode(rows.select(range(min(rows.num_rows, 64 * batch_size)))))
+    lengths = [example.length for example in examples]
     drawn = draw_batches(lengths, batch_size=batch_size, first_step=0, num_steps=num_batches, seed=[config.seed])
     return owner.bundle, [[examples[index] for index in batch] for batch in drawn]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ot_federated.bundle import Manifest
-from ot_federated.data_owner.fine_tuning import load_tokenizer_once
+from ot_federated.data_owner.fine_tuning import load_processor_once
 from ot_federated.emulated_model import load_emulated_model
 from ot_federated.errors import BundleError
 from ot_federated.model_owner.splitting import plan_stack, write_bundle
@@ -84,6 +84,6 @@ def test_code_beside_the_tokenizer_is_not_run(tmp_path: Path) -> None:
     config["auto_map"] = {"AutoTokenizer": [None, "tokenization_evil.Evil"]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "tokenization_evil.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')\nclass Evil: pass\n")
-    tokenizer = load_tokenizer_once(str(tmp_path))
+    tokenizer = load_processor_once(str(tmp_path))
     assert tokenizer("a")["input_ids"] == byte_tokenizer()("a")["input_ids"]
     assert not (tmp_path / "was-run").exists()

@@ -1,4 +1,6 @@
-"""Statistics of the full model's hidden states on public text.
+"""Statistics of the full model's hidden states on public text or images.
+
+Public inputs are token windows ``(num_windows, window)``, or images ``(num_images, channels, height, width)``.
 
 Both passes stream: memory does not grow with the number of tokens.
 """
@@ -15,7 +17,7 @@ from torch.nn import functional
 
 from ot_federated.architectures import find_architecture, get_blocks
 from ot_federated.errors import DataError
-from ot_federated.tasks.language_model import hidden_states
+from ot_federated.tasks.losses import run_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,14 +72,12 @@ def record_blocks(blocks: Sequence[nn.Module], record: dict[int, tuple[torch.Ten
 def block_states(
     model: PreTrainedModel, windows: torch.Tensor
 ) -> Iterator[dict[int, tuple[torch.Tensor, torch.Tensor]]]:
-    """Yield, batch by batch, each block's input and output hidden states ``(batch, window, hidden)``."""
+    """Yield, batch by batch, each block's input and output hidden states ``(batch, tokens, hidden)``."""
     blocks = list(get_blocks(model, find_architecture(model.config)))
     record: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     with record_blocks(blocks, record):
         for batch in windows.split(num_windows_per_batch):
-            ids = batch.to(model.device)
-            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-            hidden_states(model, input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions)
+            run_model(model, batch)
             yield record
             record.clear()
 
@@ -85,11 +85,13 @@ def block_states(
 def block_influence(model: PreTrainedModel, windows: torch.Tensor) -> list[float]:
     """Return each block's influence: 1 - mean cosine of its input and output (ShortGPT, equation 1)."""
     sums: dict[int, float] = {}
+    num_tokens = 0
     for states in block_states(model, windows):
+        num_tokens += states[0][0].shape[:2].numel()
         for index, (before, after) in states.items():
             cosine = functional.cosine_similarity(before.float(), after.float(), dim=-1)
             sums[index] = sums.get(index, 0.0) + float((1.0 - cosine).double().sum())
-    return [sums[index] / windows.numel() for index in sorted(sums)]
+    return [sums[index] / num_tokens for index in sorted(sums)]
 
 
 @dataclass
@@ -113,7 +115,7 @@ def fit_bridges(
 
     Args:
         model: The full model.
-        windows: Token windows of public text.
+        windows: Token windows of public text, or public images.
         gaps: First and last block of each run.
         ridge: Penalty, relative to the mean diagonal of X'X.
 

@@ -12,6 +12,7 @@ from ot_federated.model_owner.compression.calibration import block_influence
 from ot_federated.model_owner.compression.cka_clusters import block_similarity, keep_cluster_centres
 from ot_federated.model_owner.compression.gradient_keeping import keep_gradient_preserving
 from ot_federated.model_owner.compression.keeping import keep_influential, keep_uniform
+from ot_federated.tasks.losses import num_public_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +36,7 @@ def choose_blocks(
 
     Args:
         model: The full model.
-        windows: Token windows of public text; ``uniform`` needs none.
+        windows: Token windows of public text, or public images; ``uniform`` needs none.
         keep: The way: ``uniform``, ``influence``, ``cka`` or ``gradient``.
         first: First middle block.
         last: Last middle block.
@@ -55,9 +56,12 @@ def choose_blocks(
         return keep_uniform(first=first, last=last, num_kept=num_kept)
     if windows is None:
         raise ConfigError(f"offsite.keep={keep!r} needs public text: set offsite.public-text, or take uniform.")
-    say(f"Choosing middle blocks by {keep} on public text")
+    if keep == "gradient" and windows.is_floating_point():
+        raise ConfigError("offsite.keep='gradient' is for texts: for images take uniform, influence or cka.")
+    say(f"Choosing middle blocks by {keep} on public text or images")
     if keep == "influence":
-        influence = block_influence(model, windows[: max(1, num_influence_tokens // windows.shape[1])])
+        num_windows = max(1, num_influence_tokens * len(windows) // num_public_tokens(model, windows))
+        influence = block_influence(model, windows[:num_windows])
         return keep_influential(influence[first : last + 1], first=first, num_kept=num_kept)
     if keep == "cka":
         similarity = block_similarity(model, windows, first=first, last=last)

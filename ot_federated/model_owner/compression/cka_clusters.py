@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ot_federated.model_owner.compression.calibration import block_states
+from ot_federated.tasks.losses import num_public_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +35,7 @@ def block_similarity(model: PreTrainedModel, windows: torch.Tensor, *, first: in
         first: First block that is compared.
         last: Last block that is compared.
     """
-    stride = math.ceil(windows.numel() / num_cka_tokens)
+    stride = math.ceil(num_public_tokens(model, windows) / num_cka_tokens)
     outputs: dict[int, list[torch.Tensor]] = {index: [] for index in range(first, last + 1)}
     for states in block_states(model, windows):
         for index, parts in outputs.items():

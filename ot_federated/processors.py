@@ -1,0 +1,54 @@
+"""What turns rows into a model's inputs and travels with it: a tokenizer, or an image processor.
+
+transformers' image processors on Pillow and numpy are used where torchvision is not there, and give the same numbers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ot_federated.architectures import Architecture, block_config
+from ot_federated.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+    Processor = PreTrainedTokenizerBase | BaseImageProcessor
+
+image_processor_file = "preprocessor_config.json"
+
+
+def load_processor(place: str, *, kind: str, **arguments: Any) -> Processor:
+    """Load the processor of a model that reads ``kind``: ``text`` or ``image``; no code from the source is run."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    auto_class: Any = AutoImageProcessor if kind == "image" else AutoTokenizer
+    processor: Processor = auto_class.from_pretrained(place, trust_remote_code=False, **arguments)
+    return processor
+
+
+def load_bundle_processor(directory: Path) -> Processor:
+    """Load the processor that stands in a bundle's directory."""
+    kind = "image" if (directory / image_processor_file).is_file() else "text"
+    return load_processor(str(directory), kind=kind)
+
+
+def set_image_size(processor: Any, size: int, *, architecture: Architecture, config: Any) -> None:
+    """Let a processor give images of ``size`` pixels a side; the whole of a square image, the middle of another.
+
+    Raises:
+        ConfigError: If the model's patches do not tile such an image.
+    """
+    patch = int(block_config(config, architecture).patch_size)
+    if size % patch:
+        lower = max(patch, size // patch * patch)
+        raise ConfigError(
+            f"data.image-size={size} is no multiple of the {patch} pixels of this model's patches: take {lower} or "
+            f"{lower + patch}."
+        )
+    square = {"height": size, "width": size}
+    if "shortest_edge" in dict(processor.size):
+        processor.size, processor.crop_size = {"shortest_edge": size}, square
+    else:
+        processor.size = square
