@@ -99,7 +99,7 @@ def identify_dataset(rows: Iterable[Mapping[str, Any]]) -> str:
     digests = []
     for number, row in enumerate(rows):
         try:
-            text = json.dumps(row, sort_keys=True, separators=(",", ":"))
+            text = json.dumps(row, sort_keys=True, separators=(",", ":"), default=_name_bytes)
         except (TypeError, ValueError) as error:
             raise DataError(
                 f"Row {number} holds a value that JSON cannot ({type(error).__name__}), so the data set cannot be "
@@ -108,6 +108,13 @@ def identify_dataset(rows: Iterable[Mapping[str, Any]]) -> str:
         digests.append(hashlib.sha256(text.encode()).digest())
     # Sorted, not added up: sums of hashes can be made to collide.
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+def _name_bytes(value: object) -> dict[str, str]:
+    """Return what stands for an image file's bytes in a row's text."""
+    if not isinstance(value, bytes):
+        raise TypeError(type(value).__name__)
+    return {"sha256": hashlib.sha256(value).hexdigest()}
 
 
 @dataclass(frozen=True)
