@@ -12,10 +12,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ot_federated.commands import approve, audit, keys, ledger, supernode, trail
+from ot_federated.commands import approve, audit, doctor, keys, ledger, supernode, trail
 from ot_federated.errors import OtFederatedError
 
-command_files = (approve, ledger, supernode, trail, audit, keys)
+command_files = (approve, ledger, supernode, trail, audit, keys, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flwr.app import Message, RecordDict
@@ -175,7 +175,8 @@ class Conversation:
         if reply.metadata.message_type != self.asked:
             raise ProtocolError(f"it answers {reply.metadata.message_type!r} to {self.asked!r}")
         if reply.metadata.message_type == hello_type:
-            self.hello = parse_hello(reply, num_shards=self.source.num_shards)
+            # Its name stays: the model owner may know it by another than its own.
+            self.hello = replace(parse_hello(reply, num_shards=self.source.num_shards), name=self.hello.name)
             self.missing = list(self.hello.missing_shards)
             return None if self.done else self.speak()
         record = config_of(reply)

@@ -44,6 +44,7 @@ from strategies.conversation import BundleSource, Conversation, hold_conversatio
 from strategies.exchange import Again, FixedNodes, Patience, exchange, wait_for_nodes
 from strategies.replies import RoundRecord, count_metric, describe_reply, record_tensors, tensors_record
 from strategies.secure_aggregation import aggregate_securely, min_clients, quantisation_error
+from strategies.traffic import MeteredGrid
 
 
 class AggregationError(OtFederatedError):
@@ -159,6 +160,7 @@ class OffsiteTuning(Strategy):
         """
         del evaluate_config  # clients report in their reply to train: one process start less for each of them
         self.summary()
+        grid = metered = MeteredGrid(grid)
         self.round_timeout_seconds = timeout
         result = Result()
         result.arrays = arrays = initial_arrays
@@ -176,6 +178,7 @@ class OffsiteTuning(Strategy):
             assert aggregated is not None  # aggregate_train raises rather than return nothing
             result.arrays = arrays = aggregated
             self.record.seconds = time.monotonic() - began
+            self.record.wire_bytes_to_clients, self.record.wire_bytes_to_server = metered.take()
             if train_metrics is not None:
                 result.train_metrics_clientapp[server_round] = train_metrics
             if self.on_round:
@@ -258,8 +261,11 @@ class OffsiteTuning(Strategy):
 
     def _greet(self, grid: Grid, node_ids: Sequence[int]) -> None:
         """Ask new nodes who they are and which shards they lack."""
+        if not node_ids:
+            return
         content = self.source.hello_content()
         ttl = self.node_timeout_seconds
+        registered = {node.node_id: node.name for node in grid.get_nodes()}
         messages = {node_id: Message(content, node_id, hello_type, ttl=ttl) for node_id in node_ids}
         retries = dict.fromkeys(node_ids, self.max_retries)
 
@@ -269,7 +275,9 @@ class OffsiteTuning(Strategy):
                     retries[node_id] -= 1
                     return [Again(messages[node_id])]
                 raise_flower_error(reply)
-                self.hellos[node_id] = parse_hello(reply, num_shards=self.source.num_shards)
+                hello = parse_hello(reply, num_shards=self.source.num_shards)
+                # The name under which the model owner registered the node's key, before the one it gives itself.
+                self.hellos[node_id] = replace(hello, name=registered.get(node_id) or hello.name)
             except ProtocolError as error:
                 lose(node_id, str(error))
             return []

@@ -34,6 +34,8 @@ class RoundRecord:
         bundle_bytes: Bytes of bundle shards sent.
         bytes_to_clients: Bytes of adapters sent to clients.
         bytes_to_server: Bytes of updates received in valid replies.
+        wire_bytes_to_clients: Everything sent, bundles and questions included: see :mod:`strategies.traffic`.
+        wire_bytes_to_server: Everything received.
         seconds: Duration, evaluation and checkpoint not counted.
     """
 
@@ -50,6 +52,8 @@ class RoundRecord:
     bundle_bytes: int = 0
     bytes_to_clients: int = 0
     bytes_to_server: int = 0
+    wire_bytes_to_clients: int = 0
+    wire_bytes_to_server: int = 0
     seconds: float = 0.0
 
 

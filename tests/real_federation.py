@@ -229,6 +229,12 @@ class Node(Party):
             OT_FEDERATED_NODE_PORT=str(find_free_port()),
         )
 
+    @property
+    def node_id(self) -> str:
+        """The id that the SuperLink knows it by, once it is connected."""
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.is_file() else []
+        return next((line.split()[-1] for line in lines if "SuperNode ID:" in line), "")
+
     def client_apps(self) -> list[psutil.Process]:
         """Return the processes that answer a message at this moment."""
         return self.family("flwr-clientapp")
@@ -244,7 +250,7 @@ class RealFederation:
         num_nodes: Data owners: ``hospital-a``, ``hospital-b``, ...
         num_rows: Rows of each one's own data file.
         node_config: Further keys of every node's config.
-        app: The app that runs are submitted with: a directory or a FAB.
+        app: The app that runs are submitted with: a directory or a FAB; by default the checkout as it is now.
         environment: Of every process.
     """
 
@@ -253,15 +259,18 @@ class RealFederation:
     num_nodes: int = 3
     num_rows: int = 16
     node_config: Mapping[str, Scalar] = field(default_factory=dict)
-    app: Path = checkout
+    app: Path | None = None
     environment: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.token = uuid.uuid4().hex
+        # A copy: an edit while the federation runs would make another bundle of it, which nobody has approved.
+        self.release = copy_release(self.root / "release")
+        self.app = self.app or self.release
         self.environment = {
             **os.environ,
             "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]),
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")])),
+            "PYTHONPATH": str(self.release),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -307,6 +316,8 @@ class RealFederation:
             self.approve(*self.nodes)
             for node in self.nodes:
                 node.start()
+            for node in self.nodes:
+                wait_until(lambda node=node: node.node_id, seconds=180, what=self.logs)
             yield self
         finally:
             for party in [*self.nodes, self.superlink, self.proxy]:
@@ -398,6 +409,16 @@ class RealFederation:
         """Return the end of every party's log."""
         logs = sorted(self.root.glob("*/output.log"))
         return "\n".join(f"== {log.parent.name}\n{log.read_text(errors='replace')[-6000:]}" for log in logs)
+
+
+def copy_release(target: Path) -> Path:
+    """Copy what a release consists of."""
+    target.mkdir(parents=True)
+    for name in ("ot_federated", "strategies"):
+        shutil.copytree(checkout / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(checkout / name, target / name)
+    return target
 
 
 def find_free_port() -> int:

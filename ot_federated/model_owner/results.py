@@ -260,6 +260,8 @@ def summarise(
         "bytes": {
             "bundle_per_client": owner.manifest.num_bytes,
             "update_per_client_round": round(update_bytes),
+            "wire_to_clients": sum(int(line.get("wire_bytes_to_clients", 0)) for line in rounds),
+            "wire_to_server": sum(int(line.get("wire_bytes_to_server", 0)) for line in rounds),
             "full_model": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
         },
         "seconds": {

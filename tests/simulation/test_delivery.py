@@ -154,7 +154,9 @@ def test_summary_has_exactly_the_keys_of_the_interface(delivered: Federation) ->
         "num_failures",
         "failed_clients",
     }
-    assert summary["bytes"].keys() == {"bundle_per_client", "update_per_client_round", "full_model"}
+    assert summary["bytes"].keys() == {
+        *("bundle_per_client", "update_per_client_round", "full_model", "wire_to_clients", "wire_to_server")
+    }
     assert summary["seconds"].keys() == {"total", "setup", "rounds"}
 
 
