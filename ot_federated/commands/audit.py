@@ -13,6 +13,8 @@ from ot_federated.commands.base import parse_settings, write_out
 
 if TYPE_CHECKING:
     from ot_federated.commands.base import Subparsers
+    from ot_federated.config import RunConfig
+    from ot_federated.data_owner.audit import Training
 
 data_help = """Rehearse a run on this machine with your own data, and attack the result as the model owner could.
 
@@ -66,13 +68,11 @@ def audit_data(parsed: argparse.Namespace) -> int:
     from ot_federated.bundle import read_manifest
     from ot_federated.cache import atomic_write_text
     from ot_federated.config import parse_run_config
-    from ot_federated.data_owner.audit import Training, audit_data_owner
+    from ot_federated.data_owner.audit import audit_data_owner
     from ot_federated.data_owner.fine_tuning import build_bundle_task
-    from ot_federated.data_owner.private_tuning import PrivacySettings
     from ot_federated.devices import choose_device
     from ot_federated.sources import load_table
     from ot_federated.tasks.losses import continuations
-    from ot_federated.training import build_optimizer_settings, plan_round
     from ot_federated.tuning import build_tuning
 
     config = parse_run_config(parse_settings(parsed.settings))
@@ -81,30 +81,8 @@ def audit_data(parsed: argparse.Namespace) -> int:
     if parsed.max_examples:
         rows = rows.select(range(min(parsed.max_examples, rows.num_rows)))
     examples = continuations(build_bundle_task(config, parsed.bundle).encode(rows))
-    steps = config.num_server_rounds * plan_round(
-        num_examples=len(examples) - parsed.candidates // 2,
-        batch_size=config.train.batch_size,
-        local_epochs=config.train.local_epochs,
-        max_steps=config.train.max_steps,
-    )
-    privacy = config.privacy
-    settings = PrivacySettings(
-        target_epsilon=privacy.target_epsilon,
-        target_delta=privacy.target_delta,
-        noise_multiplier=privacy.noise_multiplier,
-        max_grad_norm=privacy.max_grad_norm,
-        clipping=privacy.clipping,
-        engine=privacy.engine,
-        micro_batch_size=privacy.micro_batch_size,
-    )
-    training = Training(
-        batch_size=config.train.batch_size,
-        num_steps=steps,
-        optimizer=build_optimizer_settings(config.train),
-        max_grad_norm=config.train.max_grad_norm,
-        privacy=settings if privacy.mode == "example" else None,
-    )
-    with tqdm(total=steps, desc="rehearsal", unit="step") as bar:
+    training = plan_training(config, num_examples=len(examples) - parsed.candidates // 2)
+    with tqdm(total=training.num_steps, desc="rehearsal", unit="step") as bar:
         report = audit_data_owner(
             parsed.bundle,
             examples,
@@ -126,6 +104,37 @@ def audit_data(parsed: argparse.Namespace) -> int:
     write_out(describe_report(report))
     claimed = report["claimed_epsilon"]
     return int(claimed is not None and report["one_run_audit"]["epsilon_lower_bound"] > claimed)
+
+
+def plan_training(config: RunConfig, *, num_examples: int) -> Training:
+    """Return how a client would train over a whole run with these settings."""
+    from ot_federated.data_owner.audit import Training
+    from ot_federated.data_owner.private_tuning import PrivacySettings
+    from ot_federated.training import build_optimizer_settings, plan_round
+
+    train, privacy = config.train, config.privacy
+    steps = config.num_server_rounds * plan_round(
+        num_examples=num_examples,
+        batch_size=train.batch_size,
+        local_epochs=train.local_epochs,
+        max_steps=train.max_steps,
+    )
+    settings = PrivacySettings(
+        target_epsilon=privacy.target_epsilon,
+        target_delta=privacy.target_delta,
+        noise_multiplier=privacy.noise_multiplier,
+        max_grad_norm=privacy.max_grad_norm,
+        clipping=privacy.clipping,
+        engine=privacy.engine,
+        micro_batch_size=privacy.micro_batch_size,
+    )
+    return Training(
+        batch_size=train.batch_size,
+        num_steps=steps,
+        optimizer=build_optimizer_settings(train),
+        max_grad_norm=train.max_grad_norm,
+        privacy=settings if privacy.mode == "example" else None,
+    )
 
 
 def advance(bar: Any, step: int) -> None:

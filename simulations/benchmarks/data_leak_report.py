@@ -1,0 +1,100 @@
+"""The table of ``data_leak``: what attacks found at each level of privacy, over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from simulations.sweep_report import interval_of
+
+# The strongest of the attacks that need nothing but the adapter and the bundle.
+shown_attack = "reference"
+measures = {"auc": "AUC", "tpr_at_1%": "TPR at 1 % FPR", "tpr_at_0.1%": "TPR at 0.1 % FPR"}
+
+
+def summarise_levels(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return one entry for each level of privacy: means over its runs, with 95 % intervals (Student's t)."""
+    return [
+        summarise(level, [cell for cell in cells if cell["level"] == level])
+        for level in dict.fromkeys(cell["level"] for cell in cells)
+    ]
+
+
+def summarise(level: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the runs of one level say together."""
+    bounds = [run["one_run_audit"]["epsilon_lower_bound"] for run in runs]
+    claims = [run["claimed_epsilon"] for run in runs]
+    tokens = [run["token_recovery"] for run in runs if run["token_recovery"] is not None]
+    return {
+        "level": level,
+        "num_runs": len(runs),
+        "claimed_epsilon": None if claims[0] is None else max(claims),
+        "largest_lower_bound": max(bounds),
+        "mean_lower_bound": mean(bounds),
+        "num_below_claim": sum(claim is None or bound <= claim for bound, claim in zip(bounds, claims, strict=True)),
+        "attacks": {
+            name: {
+                measure: list(interval_of([run["membership"][name][measure] for run in runs])) for measure in measures
+            }
+            for name in runs[0]["membership"]
+        },
+        "exposure_bits": list(interval_of([run["exposure"]["mean_bits"] for run in runs])),
+        "exposure_chance_bits": mean(run["exposure"]["chance_bits"] for run in runs),
+        "tokens_recovered": list(interval_of([token["recovered"] for token in tokens])) if tokens else None,
+        "tokens_chance": mean(token["chance"] for token in tokens) if tokens else None,
+        "token_auc": list(interval_of([token["auc"] for token in tokens])) if tokens else None,
+        "num_tokens_at_chance": sum(token["at_chance"] for token in tokens),
+        "num_token_runs": len(tokens),
+    }
+
+
+def describe_levels(levels: Sequence[Mapping[str, Any]]) -> str:
+    """Return a Markdown table of the levels: a column each."""
+    head = ["", *(f"epsilon {level['level']}" if level["level"] != "none" else "no privacy" for level in levels)]
+    rows = [
+        ["runs", *(str(level["num_runs"]) for level in levels)],
+        ["audited epsilon at least (largest)", *(f"{level['largest_lower_bound']:.2f}" for level in levels)],
+        ["runs with the bound below the claim", *(_below(level) for level in levels)],
+        *(
+            [f"{attack}: {title}", *(_interval(level["attacks"][attack][measure]) for level in levels)]
+            for attack in levels[0]["attacks"]
+            for measure, title in measures.items()
+            if attack == shown_attack or measure == "auc"
+        ),
+        ["canary exposure, bits", *(_bits(level) for level in levels)],
+        ["tokens recovered", *(_tokens(level) for level in levels)],
+        ["token AUC", *("" if level["token_auc"] is None else _interval(level["token_auc"]) for level in levels)],
+        [
+            "runs with tokens at chance",
+            *(f"{level['num_tokens_at_chance']} of {level['num_token_runs']}" for level in levels),
+        ],
+    ]
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in [head, *rows]
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def _below(level: Mapping[str, Any]) -> str:
+    if level["claimed_epsilon"] is None:
+        return "no claim"
+    return f"{level['num_below_claim']} of {level['num_runs']}"
+
+
+def _interval(values: Sequence[float]) -> str:
+    centre, low, high = values
+    return f"{centre:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _bits(level: Mapping[str, Any]) -> str:
+    centre, low, high = level["exposure_bits"]
+    return f"{centre:.2f} ({low:.2f} to {high:.2f}; chance {level['exposure_chance_bits']:.2f})"
+
+
+def _tokens(level: Mapping[str, Any]) -> str:
+    if level["tokens_recovered"] is None:
+        return "nothing trains that reads them"
+    return f"{level['tokens_recovered'][0]:.1%} (chance {level['tokens_chance']:.1%})"
