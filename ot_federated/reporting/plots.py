@@ -156,10 +156,14 @@ def plot_recovery(attacks: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
     from matplotlib import pyplot
     from matplotlib.ticker import PercentFormatter
 
+    columns = min(len(attacks), 4)
+    rows = -(-len(attacks) // columns)
     figure, axes = pyplot.subplots(
-        1, len(attacks), figsize=(4.4 * len(attacks) + 1, 4.2), squeeze=False, sharey=True, layout="constrained"
+        rows, columns, figsize=(3.6 * columns + 1, 3.4 * rows + 0.8), squeeze=False, sharey=True, layout="constrained"
     )
-    for axis, (emulator, results) in zip(axes[0], attacks.items(), strict=True):
+    for axis in axes.flat[len(attacks) :]:
+        axis.set_visible(False)
+    for axis, (emulator, results) in zip(axes.flat, attacks.items(), strict=False):
         for name in dict.fromkeys(result["attack"] for result in results):
             of_attack = [r for r in results if r["attack"] == name]
             shares = [r["recovered"]["public_loss"] for r in of_attack]
@@ -170,6 +174,7 @@ def plot_recovery(attacks: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
         axis.set(xlabel="tokens trained on", title=emulator)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("recovered of the loss on public text")
+    for row in axes:
+        row[0].set_ylabel("recovered of the loss on public text")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     save_figure(figure, path)

@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed.output_dir / "data_leak_cells",
             num_candidates=parsed.candidates,
             num_examples=parsed.max_examples,
+            num_leaked_examples=parsed.leaked_examples,
             canaries=parsed.canaries,
         )
     except OtFederatedError as error:
@@ -56,7 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     levels = summarise_levels(cells)
     table = describe_levels(levels)
-    asked = {"settings": settings, "candidates": parsed.candidates, "canaries": parsed.canaries}
+    asked = {
+        "model": parse_run_config(settings).model.source,
+        "candidates": parsed.candidates,
+        "max_examples": parsed.max_examples,
+        "leaked_examples": parsed.leaked_examples,
+        "canaries": parsed.canaries,
+    }
     write_results(parsed.output_dir / "data_leak.json", command=command, **asked, levels=levels, cells=cells)
     atomic_write_text(parsed.output_dir / "data_leak.md", table + "\n")
     sys.stdout.write(table + "\n")
@@ -78,6 +85,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--candidates", type=int, default=200, help="examples whose membership is a coin's flip")
     parser.add_argument("--max-examples", type=int, default=260, help="examples of data.train; 0: all")
     parser.add_argument("--canaries", choices=("natural", "mislabelled", "random"), default="natural")
+    parser.add_argument(
+        "--leaked-examples", type=int, default=2, help="examples behind the update that is searched for tokens"
+    )
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).resolve().parents[1] / "results")
     return parser
 
@@ -109,6 +119,7 @@ def run_cells(
     *,
     num_candidates: int,
     num_examples: int,
+    num_leaked_examples: int,
     canaries: str,
 ) -> list[dict[str, Any]]:
     """Return every cell's result, from its file where the same was measured before."""
@@ -118,6 +129,7 @@ def run_cells(
         "settings": dict(settings),
         "candidates": num_candidates,
         "max_examples": num_examples,
+        "leaked_examples": num_leaked_examples,
         "canaries": canaries,
     }
     results, prepared = [], None
@@ -130,7 +142,13 @@ def run_cells(
             if cell.get("asked") != asked:
                 prepared = prepared or prepare(settings, num_examples=num_examples)
                 report = rehearse(
-                    *prepared, settings=settings, level=level, seed=seed, num_candidates=num_candidates, kind=canaries
+                    *prepared,
+                    settings=settings,
+                    level=level,
+                    seed=seed,
+                    num_candidates=num_candidates,
+                    num_leaked_examples=num_leaked_examples,
+                    kind=canaries,
                 )
                 cell = {"asked": asked, "result": {"level": level, "seed": seed, **report}}
                 directory.mkdir(parents=True, exist_ok=True)
@@ -169,6 +187,7 @@ def rehearse(
     level: str,
     seed: int,
     num_candidates: int,
+    num_leaked_examples: int,
     kind: str,
 ) -> dict[str, Any]:
     """Rehearse one training at a level of privacy, and return what the attacks found."""
@@ -185,6 +204,7 @@ def rehearse(
         device=choose_device(config.model.device),
         num_candidates=num_candidates,
         canaries=kind,
+        num_leaked_examples=num_leaked_examples,
         seed=seed,
     )
     return {name: report[name] for name in kept_fields}

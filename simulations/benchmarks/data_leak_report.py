@@ -8,8 +8,6 @@ from typing import Any
 
 from simulations.sweep_report import interval_of
 
-# The strongest of the attacks that need nothing but the adapter and the bundle.
-shown_attack = "reference"
 measures = {"auc": "AUC", "tpr_at_1%": "TPR at 1 % FPR", "tpr_at_0.1%": "TPR at 0.1 % FPR"}
 
 
@@ -60,7 +58,6 @@ def describe_levels(levels: Sequence[Mapping[str, Any]]) -> str:
             [f"{attack}: {title}", *(_interval(level["attacks"][attack][measure]) for level in levels)]
             for attack in levels[0]["attacks"]
             for measure, title in measures.items()
-            if attack == shown_attack or measure == "auc"
         ),
         ["canary exposure, bits", *(_bits(level) for level in levels)],
         ["tokens recovered", *(_tokens(level) for level in levels)],

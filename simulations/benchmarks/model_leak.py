@@ -1,7 +1,9 @@
 """What each emulator gives away: ``python -m simulations.benchmarks.model_leak``.
 
-One cell is one emulator under every recovery attack and budget (see ``ot-federated audit model``). A cell that is done
-is not measured again. Results go to ``simulations/results/model_leak.json``, with a table and a figure.
+One cell is one emulator under every recovery attack and budget (see ``ot-federated audit model``): by default every way
+of keeping blocks and of filling gaps that the config offers. A cell that is done is not measured again; one that fails
+is reported and does not stop the others. Results go to ``simulations/results/model_leak.json``, with tables and a
+figure.
 """
 
 from __future__ import annotations
@@ -16,44 +18,103 @@ from typing import Any
 
 from ot_federated.cache import atomic_write_text
 from ot_federated.commands.audit_model import describe_leak, parse_budgets
-from ot_federated.config import parse_run_config
+from ot_federated.config import list_keys, parse_run_config
 from ot_federated.errors import OtFederatedError
 from ot_federated.model_owner.release_audit import audit_release
 from ot_federated.reporting.plots import plot_recovery
 from simulations.benchmarks.environment import write_results
 from simulations.command_line import parse_settings
 
-emulators = ("influence+bridge:12", "influence+bridge:8", "uniform+empty:12", "uniform+empty:8")
+measures = (("R1", "repeat"), ("R2", "repeat, train"), ("R3", "client data"), ("R4", "fresh blocks"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what is not measured yet and write the report; return the exit code."""
+    """Measure what is not measured yet and write the report; return 0, or 1 if a cell failed."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parsed = build_parser().parse_args(words)
+    command = shlex.join(["python", "-m", "simulations.benchmarks.model_leak", *words])
+    names = parsed.emulators.split(",") if parsed.emulators else offered_emulators(parsed.blocks.split(","))
+    reports, failed = [], 0
+    for name in names:
+        try:
+            budgets = parse_budgets(parsed.budgets)
+            reports.append(measure(name, parsed.settings, budgets, parsed.output_dir / "model_leak_cells"))
+        except OtFederatedError as error:
+            sys.stderr.write(f"FAILED {name}: {error}\n")
+            failed += 1
+            continue
+        write_report(reports, parsed.output_dir, command=command)
+    if reports:
+        sys.stdout.write(describe_emulators(reports) + "\n")
+    return int(failed > 0)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m simulations.benchmarks.model_leak",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="run-config keys")
-    parser.add_argument("--emulators", default=",".join(emulators), help="KEEP+GAPS:BLOCKS, separated by commas")
+    parser.add_argument(
+        "--emulators", default="", help="KEEP+GAPS:BLOCKS, separated by commas (default: all that there are)"
+    )
+    parser.add_argument("--blocks", default="12", help="numbers of kept blocks, where --emulators is not given")
     parser.add_argument("--budgets", default="0,8000,24000", help="tokens that attacks train on")
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).resolve().parents[1] / "results")
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    parsed = parser.parse_args(words)
-    try:
-        reports = [
-            measure(name, parsed.settings, parse_budgets(parsed.budgets), parsed.output_dir / "model_leak_cells")
-            for name in parsed.emulators.split(",")
-        ]
-    except OtFederatedError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    command = shlex.join(["python", "-m", "simulations.benchmarks.model_leak", *words])
-    write_results(parsed.output_dir / "model_leak.json", command=command, cells=reports)
-    plot_recovery({report["emulator_name"]: report["attacks"] for report in reports}, parsed.output_dir / "leak.png")
-    table = "\n\n".join(f"{report['emulator_name']}\n{describe_leak(report)}" for report in reports)
-    atomic_write_text(parsed.output_dir / "model_leak.txt", table + "\n")
-    sys.stdout.write(table + "\n")
-    return 0
+    return parser
+
+
+def offered_emulators(blocks: Sequence[str]) -> list[str]:
+    """Return every way of keeping blocks with every way of filling gaps, at each number of kept blocks."""
+    keys = list_keys()
+    ways = [(keep, gaps) for keep in keys["offsite.keep"].choices for gaps in keys["offsite.gaps"].choices]
+    return [f"{keep}+{gaps}:{number}" for number in blocks for keep, gaps in ways]
+
+
+def write_report(reports: Sequence[dict[str, Any]], directory: Path, *, command: str) -> None:
+    """Write what is measured: JSON, the table over emulators, each emulator's own table, and the figure."""
+    write_results(directory / "model_leak.json", command=command, cells=reports)
+    plot_recovery({report["emulator_name"]: report["attacks"] for report in reports}, directory / "leak.png")
+    details = "\n\n".join(f"{report['emulator_name']}\n{describe_leak(report)}" for report in reports)
+    atomic_write_text(directory / "model_leak.txt", details + "\n")
+    atomic_write_text(directory / "model_leak.md", describe_emulators(reports) + "\n")
+
+
+def describe_emulators(reports: Sequence[dict[str, Any]]) -> str:
+    """Return a Markdown table: what each emulator is, and what each attack recovered with its largest budget."""
+    head = ["emulator", "exact weights", "lowest CKA", "public loss", "of the full model"]
+    rows = [head + [f"{attack} {title}" for attack, title in measures] + ["most at any budget"]]
+    for report in reports:
+        middle = [entry["cka"] for entry in report["cka"] if entry["role"] in ("emulator", "bridge")]
+        rows.append(
+            [
+                report["emulator_name"],
+                f"{report['exact_weights']['fraction']:.0%}",
+                f"{min(middle):.3f}" if middle else "",
+                f"{report['emulator']['public_loss']:.3f}",
+                f"{report['full']['public_loss']:.3f}",
+                *(_percent(_last_share(report, attack)) for attack, _ in measures),
+                _percent(max(_shares(report), default=None)),
+            ]
+        )
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def _shares(report: dict[str, Any], attack: str = "R") -> list[float]:
+    found = [r["recovered"]["public_loss"] for r in report["attacks"] if r["attack"].startswith(attack)]
+    return [share for share in found if share is not None]
+
+
+def _last_share(report: dict[str, Any], attack: str) -> float | None:
+    shares = _shares(report, attack)
+    return shares[-1] if shares else None
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
 
 
 def measure(name: str, settings: Sequence[str], budgets: Sequence[int], directory: Path) -> dict[str, Any]:
