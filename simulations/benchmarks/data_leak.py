@@ -163,17 +163,17 @@ def prepare(settings: Mapping[str, Scalar], *, num_examples: int) -> tuple[Path,
     Raises:
         DataError: If there are none.
     """
-    from ot_federated.data_owner.fine_tuning import load_tokenizer_once
+    from ot_federated.data_owner.fine_tuning import build_bundle_task
     from ot_federated.model_owner.owner import load_parts, make_bundle
     from ot_federated.sources import load_table
-    from ot_federated.tasks.registry import build_configured_task
+    from ot_federated.tasks.losses import continuations
 
     config = parse_run_config(settings)
     bundle, _ = make_bundle(config, load_parts(config))
     rows = load_table(config.data.train, split="train", columns=list(config.columns.values()))
     if num_examples:
         rows = rows.select(range(min(num_examples, rows.num_rows)))
-    examples = build_configured_task(config, load_tokenizer_once(str(bundle))).encode(rows)
+    examples = continuations(build_bundle_task(config, bundle).encode(rows))
     if not examples:
         raise DataError(f"{config.data.train} has no examples to attack.")
     return bundle, examples

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ot_federated.cli import main
@@ -21,7 +22,11 @@ num_examples, num_candidates = 60, 40
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a run would be started with; the questions differ enough to be learnt by heart."""
     directory = tmp_path_factory.mktemp("audit")
-    rows = [{**row, "choices": [f"{row['question'][8:12]}{c}" for c in "xyz"]} for row in build_questions(num_examples)]
+    rng = np.random.default_rng(0)
+    rows = [
+        {**row, "choices": ["".join(rng.choice(list("abcdefgh"), 6)) for _ in range(3)]}
+        for row in build_questions(num_examples)
+    ]
     data = str(write_rows(directory / "train.jsonl", rows))
     return {
         "model.source": str(save_family_model(directory / "model")),
@@ -35,10 +40,10 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "offsite.keep": "uniform",
         "offsite.gaps": "empty",
         "offsite.calibration-tokens": 2048,
-        "train.learning-rate": 5e-3,
+        "train.learning-rate": 1e-2,
         "train.batch-size": 20,
-        "train.max-steps": 40,
-        "train.local-epochs": 20,
+        "train.max-steps": 50,
+        "train.local-epochs": 40,
         "num-server-rounds": 1,
     }
 
@@ -66,7 +71,7 @@ def test_attacks_succeed_without_privacy(
     code, report = audit(bundle, settings, tmp_path)
     assert code == 0
     assert report["claimed_epsilon"] is None
-    assert report["membership"]["reference"]["auc"] > 0.8
+    assert max(attack["auc"] for attack in report["membership"].values()) > 0.8
     assert report["one_run_audit"]["epsilon_lower_bound"] > 0.2
     assert report["exposure"]["mean_bits"] > report["exposure"]["chance_bits"] + 0.5
     assert not report["token_recovery"]["at_chance"]
@@ -147,7 +152,8 @@ def test_a_model_owner_sees_what_a_client_could_rebuild(
     assert sum(share == 1.0 for share in report["exact_weights"]["by_block"]) == 5
     assert report["releases"]["fraction_of_blocks"] >= 5 / 8
     told = capsys.readouterr().out
-    assert "The best attack closed" in told
+    assert "67.0% of the model's weights are in it as they are" in told
+    assert "Release one kept set per model" in told
     assert "with the releases before, a client holds" in told
     assert (tmp_path / "recovery.png").stat().st_size > 1000
     assert main(["audit", "model", "--budgets", "few", *words(settings)]) == 1

@@ -264,6 +264,35 @@ def test_masked_private_rounds_are_paid_once(model: Path, tmp_path: Path, monkey
     assert again.rounds[1]["num_replies"] == 3
 
 
+def test_the_mean_of_masked_private_updates_is_theirs(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each client noises its own update before the mask; the server gets the mean of exactly those."""
+    from ot_federated.data_owner import client_app
+
+    monkeypatch.setenv("OT_FEDERATED_LEDGERS", str(tmp_path / "ledgers"))
+    updates: list[list[np.ndarray]] = []
+    tune = client_app.tune_masked
+
+    def watch(*arguments: Any) -> tuple[list[np.ndarray], int]:
+        arrays, num_steps = tune(*arguments)
+        updates.append([array.copy() for array in arrays])
+        return arrays, num_steps
+
+    monkeypatch.setattr(client_app, "tune_masked", watch)
+    private = {"privacy.mode": "example", "privacy.engine": "loop", "train.max-steps": 2, "train.batch-size": 2}
+    result = run_federation(tmp_path, model, num_clients=3, num_rows=24, settings={**secure, **private})
+    base = load_file(model / "model.safetensors")
+    found = sorted((tensor - base[name]).abs().sum().item() for name, tensor in result.adapter.items() if name in base)
+    mean = [np.mean(arrays, axis=0) for arrays in zip(*updates, strict=True)]
+    assert len(updates) == 3
+    # Every number has moved, by noise alone where the data says nothing.
+    assert all((np.abs(array) > 0).mean() > 0.9 for array in updates[0])
+    bound = quantisation_error(2 * 1e-3 * 2)
+    sizes = sorted(float(np.abs(array).sum()) for array in mean)
+    assert found == pytest.approx(sizes, abs=bound * max(array.size for array in mean) + 1e-4)
+
+
 def test_masks_are_those_of_the_whole_key() -> None:
     first, second = (
         draw_masks(b"a" * 32, 2**32, [(1000,), (3, 2), ()])[:2],
