@@ -33,7 +33,7 @@ data.validation = "{data}"
 data.test = "{data}"
 offsite = {{ bottom-blocks = 1, emulator-blocks = 2, top-blocks = 1, keep = "uniform", gaps = "empty" }}
 train = {{ batch-size = 8, max-steps = 2 }}
-privacy = {{ target-delta = 1e-3, engine = "loop" }}
+privacy = {{ target-delta = 1e-5, engine = "loop" }}
 evaluation = {{ max-examples = 8, max-validation-examples = 4 }}
 [grid]
 seed = [0]
@@ -66,7 +66,7 @@ def test_a_sweep_runs_resumes_and_reports(
     assert (plain["target_epsilon"], plain["epsilon"], plain["delta"]) == (None, None, None)
     assert private["target_epsilon"] == 8
     assert private["epsilon"] == pytest.approx(8, abs=0.05)
-    assert private["delta"] == 1e-3
+    assert private["delta"] == 1e-5
     for cell in (plain, private):
         assert (cell["num_clients"], cell["seed"], cell["tuning"]) == (2, 0, "full both")
         rows = cell["rows"]
@@ -111,6 +111,7 @@ def test_candidates_are_in_by_the_flip_of_a_coin(sweep_file: Path, tmp_path: Pat
     before = (tmp_path / "train/client-0000.jsonl").read_bytes()
     sweeps.write_candidates(cell.settings, tmp_path, num_candidates=12)
     assert (tmp_path / "train/client-0000.jsonl").read_bytes() == before
+    (tmp_path / "b").mkdir()
     with pytest.raises(OtFederatedError, match="too few for 16 candidates"):
         sweeps.write_candidates(cell.settings, tmp_path / "b", num_candidates=16)
 
