@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,16 +74,8 @@ def load_sweep(path: Path, *, changes: Mapping[str, Scalar] | None = None) -> Sw
     Raises:
         ConfigError: If it is no TOML, or a key or a value is not allowed.
     """
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} could not be read: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+    document = read_document(path, tables=_tables)
     description = document.pop("description", "")
-    for name in document:
-        if name not in _tables:
-            raise ConfigError(f"{path.name} has {name!r}, which is not a table{nearest_match(name, _tables)}.")
     base = dict(flatten_table(document.get("base", {})))
     scenario = base.pop("scenario", None)
     if scenario is not None:
@@ -95,7 +87,7 @@ def load_sweep(path: Path, *, changes: Mapping[str, Scalar] | None = None) -> Sw
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise ConfigError(f"{path.name}: grid.{key}={values!r} must be a list of values.")
-    overrides = [_read_override(table, path.name) for table in document.get("override", [])]
+    overrides = [read_override(table, path.name) for table in document.get("override", [])]
     cells = tuple(_build_cells(base, grid, overrides, path.name))
     audit = document.get("audit", {})
     num_candidates = audit.get("candidates", 0)
@@ -104,12 +96,47 @@ def load_sweep(path: Path, *, changes: Mapping[str, Scalar] | None = None) -> Sw
     return Sweep(description=str(description), cells=cells, num_candidates=num_candidates)
 
 
-def _read_override(table: Mapping[str, Any], file: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_document(path: Path, *, tables: Sequence[str]) -> dict[str, Any]:
+    """Return a TOML file's content, which has a ``description`` and ``tables``.
+
+    Raises:
+        ConfigError: If it is no TOML, or has another table.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} could not be read: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+    for name in document:
+        if name not in ("description", *tables):
+            raise ConfigError(f"{path.name} has {name!r}, which is not a table{nearest_match(name, tables)}.")
+    return document
+
+
+def read_override(table: Mapping[str, Any], file: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return which points an ``[[override]]`` is for, and its settings.
+
+    Raises:
+        ConfigError: If it does not say for which.
+    """
     rest = dict(table)
     when = rest.pop("when", None)
     if not isinstance(when, dict):
         raise ConfigError(f"{file}: an [[override]] needs when = {{ axis = value }}.")
     return dict(flatten_table(when)), dict(flatten_table(rest))
+
+
+def applies(when: Mapping[str, Any], point: Mapping[str, Any], file: str) -> bool:
+    """Say whether an override is for a point.
+
+    Raises:
+        ConfigError: If it asks for what is no axis.
+    """
+    unknown = set(when) - set(point)
+    if unknown:
+        raise ConfigError(f"{file}: an [[override]] asks for {unknown.pop()!r}, which is no axis of [grid].")
+    return all(point[key] == value for key, value in when.items())
 
 
 def _build_cells(
@@ -122,20 +149,22 @@ def _build_cells(
         point = dict(zip(grid, values, strict=True))
         settings = {**base, **point}
         for when, changes in overrides:
-            unknown = set(when) - set(grid)
-            if unknown:
-                raise ConfigError(f"{file}: an [[override]] asks for {unknown.pop()!r}, which is no axis of [grid].")
-            if all(point[key] == value for key, value in when.items()):
+            if applies(when, point, file):
                 settings |= changes
         if settings.get(epsilon_key) == no_privacy:
             del settings[epsilon_key]
             settings["privacy.mode"] = "none"
         elif epsilon_key in point:
             settings["privacy.mode"] = "example"
-        yield Cell(settings=_check(settings, file), point=point)
+        yield Cell(settings=check_settings(settings, file), point=point)
 
 
-def _check(settings: Mapping[str, Any], file: str) -> dict[str, Scalar]:
+def check_settings(settings: Mapping[str, Any], file: str) -> dict[str, Scalar]:
+    """Return a cell's settings, checked one by one and together.
+
+    Raises:
+        ConfigError: If a key or a value is not allowed.
+    """
     keys = list_all_keys()
     checked = {}
     for name, value in settings.items():

@@ -81,7 +81,11 @@ def table_rows(results: Sequence[Result]) -> list[dict[str, str]]:
 
 def describe_cells(results: Sequence[Result]) -> str:
     """Return a Markdown table of the cells."""
-    rows = table_rows(results)
+    return markdown_table(table_rows(results))
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return rows of text by column as a Markdown table."""
     if not rows:
         return "no cell is done"
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}

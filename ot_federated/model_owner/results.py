@@ -28,6 +28,7 @@ from ot_federated.training import StepReport, build_optimizer_settings
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 say = logger.info
 
@@ -56,6 +57,13 @@ def score_end(owner: Owner, adapter: dict[str, torch.Tensor]) -> None:
 
 def score_full_fine_tuning(owner: Owner, *, num_steps: int) -> Score:
     """Fine-tune a fresh copy of the full model on all training data, and score it."""
+    say("fine-tuning the full model for %d steps, as many as the clients took together", num_steps)
+    model = fine_tuned_full_model(owner, num_steps=num_steps)
+    return score_with_progress(owner.task, model, owner.test, title="full fine-tuned")
+
+
+def fine_tuned_full_model(owner: Owner, *, num_steps: int) -> PreTrainedModel:
+    """Return a fresh copy of the full model, fine-tuned on all training data."""
     config = owner.config
     columns = config.columns
     table = load_table(config.data.train, split="train", columns=list(columns.values()))
@@ -75,7 +83,6 @@ def score_full_fine_tuning(owner: Owner, *, num_steps: int) -> Score:
     optimizer = replace(
         build_optimizer_settings(config.train), learning_rate=config.evaluation.full_learning_rate, proximal_mu=0.0
     )
-    say("fine-tuning the full model for %d steps, as many as the clients took together", num_steps)
     fine_tune_full_model(
         model,
         owner.task.encode(rows),
@@ -86,7 +93,7 @@ def score_full_fine_tuning(owner: Owner, *, num_steps: int) -> Score:
         seed=config.seed,
         on_step=report_every(20),
     )
-    return score_with_progress(owner.task, model, owner.test, title="full fine-tuned")
+    return model
 
 
 def report_every(num_steps: int) -> Callable[[StepReport], None]:

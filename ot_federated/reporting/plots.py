@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -177,4 +178,62 @@ def plot_recovery(attacks: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
     for row in axes:
         row[0].set_ylabel("recovered of the loss on public text")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    save_figure(figure, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One panel of points.
+
+    Attributes:
+        x_label: What is across.
+        y_label: What is up.
+        points: By the legend's name: x, y and y's interval.
+        reference: Height of a dotted line, or None.
+        percent: Whether x and y are shares, shown in percent.
+    """
+
+    x_label: str
+    y_label: str
+    points: Mapping[str, Sequence[tuple[float, float, float, float]]]
+    reference: float | None = None
+    percent: tuple[bool, bool] = (False, False)
+
+
+def plot_points(panels: Sequence[Panel], path: Path) -> None:
+    """Draw panels of points side by side, with one legend: a name has the same colour and mark in all of them."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import PercentFormatter
+
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(4.6 * len(panels) + 1, 4.8), squeeze=False, layout="constrained"
+    )
+    names = list(dict.fromkeys(name for panel in panels for name in panel.points))
+    colours, marks = pyplot.get_cmap("tab10"), "osD^vP*X<>"
+    handles: dict[str, Any] = {}
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for name, points in panel.points.items():
+            number = names.index(name)
+            across, up, low, high = (list(values) for values in zip(*points, strict=True))
+            errors = [[m - b for m, b in zip(up, low, strict=True)], [t - m for m, t in zip(up, high, strict=True)]]
+            handles[name] = axis.errorbar(
+                across,
+                up,
+                yerr=errors if any(map(any, errors)) else None,
+                fmt=marks[number // 10 % len(marks)] if number >= 10 else marks[number],
+                color=colours(number % 10),
+                capsize=3,
+                alpha=0.85,
+            )
+        if panel.reference is not None:
+            axis.axhline(panel.reference, linestyle=":", color="tab:grey")
+        axis.set(xlabel=panel.x_label, ylabel=panel.y_label)
+        for shown, own_axis in zip(panel.percent, (axis.xaxis, axis.yaxis), strict=True):
+            if shown:
+                own_axis.set_major_formatter(PercentFormatter(1.0))
+        axis.grid(alpha=0.3)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=8)
     save_figure(figure, path)

@@ -1,0 +1,111 @@
+"""The rows that the cells of one task and seed share: the full model before, and after full fine-tuning."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ot_federated.cache import atomic_write_text
+from ot_federated.config import parse_run_config
+from ot_federated.model_owner.evaluation import score_with_progress
+from ot_federated.model_owner.owner import Owner
+from ot_federated.model_owner.results import fine_tuned_full_model
+from ot_federated.settings import Scalar
+from ot_federated.sources import draw_rows, load_table
+from simulations.benchmarks.recovery_plan import FullFineTuning, cut_prefix
+
+# What the full model's rows depend on, besides the settings of full fine-tuning itself.
+_shared_tables = ("task.", "model.", "data.", "evaluation.")
+_client_keys = ("data.partitioner", "data.dirichlet-alpha", "data.partition-column")
+_optimizer_keys = ("train.batch-size", "train.weight-decay", "train.warmup-fraction", "train.lr-schedule")
+
+
+def shared_settings(settings: Mapping[str, Scalar], full: FullFineTuning) -> dict[str, Scalar]:
+    """Return the settings of a cell on which the shared rows depend."""
+    wanted = {**settings, **full.settings}
+    return {
+        key: value
+        for key, value in wanted.items()
+        if key == "seed"
+        or key in (*_optimizer_keys, "train.max-grad-norm")
+        or (key.startswith(_shared_tables) and key not in _client_keys)
+    }
+
+
+def shared_rows(
+    owner: Owner, settings: Mapping[str, Scalar], full: FullFineTuning, *, task: str, directory: Path
+) -> dict[str, Any]:
+    """Return the shared rows of a cell, measured once and then read from ``directory``.
+
+    Full fine-tuning is done with every candidate, and the one with the smallest loss on validation data is scored on
+    test data.
+
+    Returns:
+        ``rows`` with ``full_zero_shot`` and ``full_fine_tuned``; ``chosen``, the candidate; ``candidates``, each with
+        its ``validation_loss``; ``seconds``; ``command_settings``, what it depends on.
+    """
+    shared = shared_settings(settings, full)
+    key = json.dumps([shared, full.epochs, [dict(c) for c in full.candidates]], sort_keys=True)
+    path = directory / f"{task}_seed={settings['seed']}_{hashlib.sha256(key.encode()).hexdigest()[:10]}.json"
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    began = time.monotonic()
+    zero_shot = score_with_progress(owner.task, owner.model, owner.test, title="full zero-shot")
+    config = owner.config
+    table = load_table(config.data.train, split="train", columns=list(config.columns.values()))
+    drawn = draw_rows(table.num_rows, max_rows=config.data.max_train_examples, seed=config.seed)
+    num_examples = len(owner.task.encode(table.select(drawn)))
+    tried: list[dict[str, Any]] = []
+    best_model, chosen, smallest = owner.model, dict[str, Scalar](), math.inf
+    for candidate in full.candidates:
+        settings_of_this = parse_run_config({**shared, **candidate})
+        tuned_owner = replace(owner, config=settings_of_this)
+        num_steps = full.epochs * math.ceil(num_examples / settings_of_this.train.batch_size)
+        model = fine_tuned_full_model(tuned_owner, num_steps=num_steps)
+        score = score_with_progress(owner.task, model, owner.validation, title="full fine-tuned, validation")
+        tried.append({**candidate, "num_steps": num_steps, "validation_loss": score.loss})
+        if score.loss < smallest:
+            best_model, chosen, smallest = model, dict(candidate), score.loss
+    test = score_with_progress(owner.task, best_model, owner.test, title="full fine-tuned")
+    result = {
+        "rows": {"full_zero_shot": zero_shot.to_dict(), "full_fine_tuned": test.to_dict()},
+        "chosen": chosen,
+        "candidates": tried,
+        "seconds": round(time.monotonic() - began, 1),
+        "settings": shared,
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def cut_set(cut: Mapping[str, Any], directory: Path) -> dict[str, str]:
+    """Divide a set that has one split into train, validation and test files, the same ones every time.
+
+    Args:
+        cut: ``source``, and how many rows each part gets.
+        directory: Where the files go.
+
+    Returns:
+        The files by ``cut:train``, ``cut:validation`` and ``cut:test``.
+    """
+    parts = ("train", "validation", "test")
+    paths = {part: directory / f"{part}-{cut[part]}.jsonl" for part in parts}
+    if not all(path.exists() for path in paths.values()):
+        table = load_table(str(cut["source"]), split=None)
+        order = np.random.default_rng(0).permutation(table.num_rows).tolist()
+        directory.mkdir(parents=True, exist_ok=True)
+        for part in parts:
+            rows, order = order[: cut[part]], order[cut[part] :]
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in table.select(rows).to_list()]
+            atomic_write_text(paths[part], "".join(lines))
+    return {cut_prefix + part: str(path.absolute()) for part, path in paths.items()}
