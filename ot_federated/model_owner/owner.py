@@ -20,6 +20,7 @@ from ot_federated.label_words import parse_label_words
 from ot_federated.logs import logger
 from ot_federated.model_owner.evaluation import choose_rows
 from ot_federated.model_owner.full_model import load_full_model, model_fingerprint
+from ot_federated.model_owner.harness import check_harness, parse_tasks
 from ot_federated.model_owner.head_start import fit_head, has_untrained_head
 from ot_federated.model_owner.preparation import prepare_bundle
 from ot_federated.package_assets import is_package_source
@@ -57,6 +58,7 @@ class Owner:
     validation: Sequence[Row]
     test: Sequence[Row]
     rows: dict[str, Score | None] = field(default_factory=dict)
+    harness: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     @property
     def tuning(self) -> Tuning:
@@ -76,6 +78,8 @@ def prepare(config: RunConfig, run: RunDirectory) -> Owner:
     validation = load_table(config.data.validation, split="validation", columns=list(columns.values()))
     test = load_table(config.data.test, split="test", columns=list(columns.values()))
     check_train_data(config)
+    if config.evaluation.harness_tasks:
+        check_harness(parse_tasks(config.evaluation.harness_tasks), task_files=config.evaluation.harness_task_files)
     parts = load_parts(config)
     bundle, manifest = make_bundle(config, parts)
     return Owner(

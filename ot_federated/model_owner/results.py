@@ -16,6 +16,7 @@ from ot_federated.model_owner.delivery import deliver_adapter, deliver_lora, del
 from ot_federated.model_owner.evaluation import format_rows, recovery, row_names, score_with_progress
 from ot_federated.model_owner.full_fine_tuning import fine_tune_full_model
 from ot_federated.model_owner.full_model import load_full_model
+from ot_federated.model_owner.harness import harness_version, parse_tasks, score_by_harness
 from ot_federated.model_owner.owner import Owner
 from ot_federated.model_owner.plug_in import full_model_names, plugged_in
 from ot_federated.model_owner.splitting import describe_split, package_versions
@@ -39,6 +40,8 @@ def score_start(owner: Owner) -> None:
     owner.rows["full_zero_shot"] = score_with_progress(owner.task, owner.model, owner.test, title="full zero-shot")
     emulated = load_emulated_model(owner.bundle, owner.manifest, device=owner.device)
     owner.rows["emulator_zero_shot"] = score_with_progress(owner.task, emulated, owner.test, title="emulator zero-shot")
+    add_harness_row(owner, "full_zero_shot", owner.model)
+    add_harness_row(owner, "emulator_zero_shot", emulated)
     for line in format_rows(owner.rows):
         say(line)
 
@@ -48,10 +51,24 @@ def score_end(owner: Owner, adapter: dict[str, torch.Tensor]) -> None:
     say("scoring after tuning: %d test examples", len(owner.test))
     with plugged_in(owner.model, adapter, owner.manifest.stack, placement=owner.config.tuning.placement) as model:
         owner.rows["plug_in"] = score_with_progress(owner.task, model, owner.test, title="plug-in")
+        add_harness_row(owner, "plug_in", model)
     emulated = load_emulated_model(owner.bundle, owner.manifest, device=owner.device)
     load_adapter(emulated, adapter, owner.manifest)
     owner.rows["emulator_fine_tuned"] = score_with_progress(
         owner.task, emulated, owner.test, title="emulator fine-tuned"
+    )
+    add_harness_row(owner, "emulator_fine_tuned", emulated)
+
+
+def add_harness_row(owner: Owner, row: str, model: PreTrainedModel) -> None:
+    """Score a model on the harness's tasks too, where the run asks for it."""
+    settings = owner.config.evaluation
+    tasks = parse_tasks(settings.harness_tasks)
+    if not tasks:
+        return
+    say("lm-eval: %s on %s", row.replace("_", " "), ", ".join(tasks))
+    owner.harness[row] = score_by_harness(
+        model, owner.tokenizer, tasks, task_files=settings.harness_task_files, max_examples=settings.max_examples
     )
 
 
@@ -277,5 +294,6 @@ def summarise(
             "rounds": [round(line["seconds"], 1) for line in rounds],
         },
         "privacy": describe_privacy(owner, rounds),
+        "harness": {"version": harness_version(), "rows": owner.harness} if owner.harness else None,
         "adapter_sha256": adapter_digest,
     }

@@ -172,11 +172,11 @@ def run_cell(cell: Cell, plan: Plan, directory: Path) -> None:
     owner = prepare(config, RunDirectory(run))
     run_config = {key: value for key, value in settings.items() if key not in simulation_keys}
     shared = shared_rows(owner, run_config, plan.full, task=task, directory=directory / "full")
-    predictors = {
-        **measure_predictors(owner),
+    result = {
+        **describe_cell(cell, summary, shared, RunDirectory(run).read_metrics()),
+        "predictors": measure_predictors(owner),
         "client_flops_fraction": training_flops_fraction(owner),
     }
-    result = describe_cell(cell, summary, shared, RunDirectory(run).read_metrics(), predictors=predictors)
     atomic_write_text(place / cell_file, json.dumps(result, indent=1) + "\n")
     for name in ("model", "adapter", "checkpoints"):
         shutil.rmtree(run / name, ignore_errors=True)
@@ -187,23 +187,19 @@ def describe_cell(
     summary: Mapping[str, Any],
     shared: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
-    *,
-    predictors: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Return a finished cell's result."""
+    """Return a finished cell's result, but for what is measured on its bundle."""
     rows = {**summary["rows"], **shared["rows"]}
     scores = {name: read_score(row) for name, row in rows.items()}
     plug_in, tuned = rows["plug_in"], rows["emulator_fine_tuned"]
     sizes, offsite = summary["bytes"], summary["offsite"]
     num_rounds = summary["federation"]["num_rounds"]
-    others = dict(predictors)
     return {
         "format": cell_format,
         "model": summary["model"]["source"],
         **{axis: cell.point[axis] for axis in ("task", "emulator", "federation", "seed")},
         "num_clients": int(cell.settings.get("num-clients", simulation_keys["num-clients"].default)),
         "emulator_bytes_fraction": offsite["emulator_bytes"] / offsite["middle_bytes"],
-        "client_flops_fraction": others.pop("client_flops_fraction"),
         "rows": rows,
         "recovery": recovery(scores),
         "value_gap": {
@@ -216,7 +212,6 @@ def describe_cell(
         "seconds": summary["seconds"]["total"],
         "kept_blocks": offsite["kept_blocks"],
         "compression": offsite["compression"],
-        "predictors": others,
         "candidate": candidate_of(cell),
         "validation_loss": next(line["plug_in"]["loss"] for line in reversed(metrics) if line.get("plug_in")),
         "settings": dict(cell.settings),

@@ -144,7 +144,11 @@ def agreement(results: Sequence[Result]) -> dict[str, dict[str, float | int | No
         for measure in measures:
             values = []
             for cells in sets:
-                known = [cell for cell in cells if (cell["recovery"] or {}).get(measure) is not None]
+                known = [
+                    cell
+                    for cell in cells
+                    if (cell["recovery"] or {}).get(measure) is not None and cell["predictors"][name] is not None
+                ]
                 sign = 1 if higher else -1
                 predicted = [sign * cell["predictors"][name] for cell in known]
                 values.append(rank_agreement(predicted, [cell["recovery"][measure] for cell in known]))

@@ -6,7 +6,7 @@ relative error of the middle's output; the emulator's loss beside the full model
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -61,11 +61,15 @@ class _Pass:
 
 
 def measure_fidelity(
-    model: PreTrainedModel, emulated: PreTrainedModel, manifest: Manifest, windows: torch.Tensor
+    model: PreTrainedModel,
+    emulated: PreTrainedModel,
+    manifest: Manifest,
+    windows: torch.Tensor | Sequence[Example],
 ) -> Fidelity:
     """Compare an emulated model with the full one on token windows ``(num_windows, window)`` of public text.
 
-    Use text that the emulator was not fitted on. Both models stay as they are.
+    Use text that the emulator was not fitted on. Examples of a task may stand for windows: then the loss is theirs, and
+    the padding of shorter ones counts in ``output_error``. Both models stay as they are.
     """
     names = full_model_names(model, manifest.stack)
     own = dict(model.named_parameters())
@@ -88,10 +92,17 @@ def measure_fidelity(
 
 
 def _run(
-    model: PreTrainedModel, parameters: Mapping[str, nn.Parameter], windows: torch.Tensor, *, position: int
+    model: PreTrainedModel,
+    parameters: Mapping[str, nn.Parameter],
+    windows: torch.Tensor | Sequence[Example],
+    *,
+    position: int,
 ) -> _Pass:
     """Run a model over windows, with the gradient of ``parameters``; record what leaves the block at ``position``."""
     blocks = list(get_blocks(model, find_architecture(model.config)))
+    examples = (
+        [Example(tuple(row), 1) for row in windows.tolist()] if isinstance(windows, torch.Tensor) else list(windows)
+    )
     record: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     # Below the first block (no bottom adapter, nothing in the middle) the state is the first block's input.
     place, side = max(position, 0), 0 if position < 0 else 1
@@ -103,8 +114,8 @@ def _run(
         for tensor in tensors:
             tensor.requires_grad_(True)
         with torch.enable_grad(), record_blocks([blocks[place]], record):
-            for batch in windows.split(num_windows_per_batch):
-                losses, counts = example_losses(model, [Example(tuple(row), 1) for row in batch.tolist()])
+            for start in range(0, len(examples), num_windows_per_batch):
+                losses, counts = example_losses(model, examples[start : start + num_windows_per_batch])
                 total = (losses * counts).sum()
                 found = torch.autograd.grad(total, tensors)
                 for summed, gradient in zip(sums, found, strict=True):
