@@ -146,7 +146,7 @@ class MultipleChoice:
     def _tokenise(self, question: Question) -> TokenisedQuestion:
         context_text = self.prompt.replace("{text}", question.text)
         context = self._ids(context_text)
-        wholes = [self._ids(f"{context_text} {choice.strip()}") for choice in question.choices]
+        wholes = [self._ids(f"{context_text} {choice}") for choice in question.choices]
         # Where a tokenizer merges across the border, the context ends before the first token that differs.
         shared = len(context)
         for whole in wholes:
@@ -156,7 +156,7 @@ class MultipleChoice:
         return TokenisedQuestion(
             context=tuple(wholes[0][:shared][-keep:]),
             continuations=tuple(tuple(whole[shared:][: self.max_length - 1]) for whole in wholes),
-            num_characters=tuple(max(1, len(choice.strip())) for choice in question.choices),
+            num_characters=tuple(max(1, len(choice)) for choice in question.choices),
             answer=question.answer,
         )
 

@@ -171,7 +171,14 @@ def run_cell(cell: Cell, plan: Plan, directory: Path) -> None:
     config = parse_run_config({key: value for key, value in settings.items() if key not in simulation_keys})
     owner = prepare(config, RunDirectory(run))
     run_config = {key: value for key, value in settings.items() if key not in simulation_keys}
-    shared = shared_rows(owner, run_config, plan.full, task=task, directory=directory / "full")
+    shared = shared_rows(
+        owner,
+        run_config,
+        plan.full,
+        task=task,
+        first_seed=int(next(c.point["seed"] for c in plan.cells if c.point["task"] == task)),
+        directory=directory / "full",
+    )
     result = {
         **describe_cell(cell, summary, shared, RunDirectory(run).read_metrics()),
         "predictors": measure_predictors(owner),

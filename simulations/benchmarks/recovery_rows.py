@@ -40,36 +40,44 @@ def shared_settings(settings: Mapping[str, Scalar], full: FullFineTuning) -> dic
     }
 
 
+def shared_path(settings: Mapping[str, Scalar], full: FullFineTuning, *, task: str, directory: Path) -> Path:
+    """Return the file of the shared rows of a cell; another one where anything they depend on is another."""
+    key = json.dumps([shared_settings(settings, full), full.epochs, list(map(dict, full.candidates))], sort_keys=True)
+    return directory / f"{task}_seed={settings['seed']}_{hashlib.sha256(key.encode()).hexdigest()[:10]}.json"
+
+
 def shared_rows(
-    owner: Owner, settings: Mapping[str, Scalar], full: FullFineTuning, *, task: str, directory: Path
+    owner: Owner,
+    settings: Mapping[str, Scalar],
+    full: FullFineTuning,
+    *,
+    task: str,
+    first_seed: int,
+    directory: Path,
 ) -> dict[str, Any]:
     """Return the shared rows of a cell, measured once and then read from ``directory``.
 
-    Full fine-tuning is done with every candidate, and the one with the smallest loss on validation data is scored on
-    test data.
+    At the task's first seed full fine-tuning is done with every candidate, and the one with the smallest loss on
+    validation data is scored on test data; other seeds take that candidate.
 
     Returns:
         ``rows`` with ``full_zero_shot`` and ``full_fine_tuned``; ``chosen``, the candidate; ``candidates``, each with
-        its ``validation_loss``; ``seconds``; ``command_settings``, what it depends on.
+        its ``validation_loss``; ``settings``, on which they depend; ``seconds``.
     """
-    shared = shared_settings(settings, full)
-    key = json.dumps([shared, full.epochs, [dict(c) for c in full.candidates]], sort_keys=True)
-    path = directory / f"{task}_seed={settings['seed']}_{hashlib.sha256(key.encode()).hexdigest()[:10]}.json"
+    path = shared_path(settings, full, task=task, directory=directory)
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
+    first = shared_path({**settings, "seed": first_seed}, full, task=task, directory=directory)
+    candidates = [json.loads(first.read_text(encoding="utf-8"))["chosen"]] if first.exists() else full.candidates
     began = time.monotonic()
+    shared = shared_settings(settings, full)
     zero_shot = score_with_progress(owner.task, owner.model, owner.test, title="full zero-shot")
-    config = owner.config
-    table = load_table(config.data.train, split="train", columns=list(config.columns.values()))
-    drawn = draw_rows(table.num_rows, max_rows=config.data.max_train_examples, seed=config.seed)
-    num_examples = len(owner.task.encode(table.select(drawn)))
     tried: list[dict[str, Any]] = []
     best_model, chosen, smallest = owner.model, dict[str, Scalar](), math.inf
-    for candidate in full.candidates:
-        settings_of_this = parse_run_config({**shared, **candidate})
-        tuned_owner = replace(owner, config=settings_of_this)
-        num_steps = full.epochs * math.ceil(num_examples / settings_of_this.train.batch_size)
+    for candidate in candidates:
+        tuned_owner = replace(owner, config=parse_run_config({**shared, **candidate}))
+        num_steps = full.epochs * count_steps(tuned_owner)
         model = fine_tuned_full_model(tuned_owner, num_steps=num_steps)
         score = score_with_progress(owner.task, model, owner.validation, title="full fine-tuned, validation")
         tried.append({**candidate, "num_steps": num_steps, "validation_loss": score.loss})
@@ -86,6 +94,14 @@ def shared_rows(
     directory.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def count_steps(owner: Owner) -> int:
+    """Return the steps of one pass over the training data."""
+    config = owner.config
+    table = load_table(config.data.train, split="train", columns=list(config.columns.values()))
+    drawn = draw_rows(table.num_rows, max_rows=config.data.max_train_examples, seed=config.seed)
+    return math.ceil(len(owner.task.encode(table.select(drawn))) / config.train.batch_size)
 
 
 def cut_set(cut: Mapping[str, Any], directory: Path) -> dict[str, str]:
