@@ -23,15 +23,22 @@ import numpy as np
 
 from ot_federated.cache import atomic_write_text, cache_root
 from ot_federated.config import parse_run_config
-from ot_federated.errors import ConfigError, DataError, OtFederatedError
+from ot_federated.errors import DataError, OtFederatedError
 from ot_federated.settings import Scalar
 from simulations.command_line import make_sources_absolute, parse_settings
 from simulations.scenario_files import simulation_keys
-from simulations.sweep_cells import Cell, Sweep, load_sweep
+from simulations.sweep_cells import (
+    Cell,
+    Sweep,
+    cell_file,
+    cell_format,
+    choose_cells,
+    list_cells,
+    load_sweep,
+    read_cell,
+)
 from simulations.sweep_report import describe_cells, gain_of, write_report
 
-cell_file = "cell.json"
-cell_format = 1
 audit_delta = 1e-5
 warning = (
     "WARNING: every private cell of a sweep is a release of its own. On one data set they compose: choose settings on "
@@ -46,17 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         changes = make_sources_absolute(parse_settings(parsed.settings), base=Path.cwd())
         sweep = load_sweep(parsed.sweep, changes=changes)
-        cells = [cell for cell in sweep.cells if parsed.only in cell.name]
-        if not cells:
-            raise ConfigError(f"--only={parsed.only!r} is in the name of no cell; --dry-run lists them.")
+        cells = choose_cells(sweep.cells, [parsed.only])
     except OtFederatedError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     directory: Path = parsed.output_dir or Path("runs") / f"sweep-{parsed.sweep.stem}"
     if parsed.dry_run:
-        for cell in cells:
-            sys.stdout.write(f"{'done' if read_cell(directory, cell) else 'to do':6} {cell.name}\n")
-        sys.stdout.write(f"{len(cells)} cells in {directory}\n")
+        sys.stdout.write(list_cells(cells, directory))
         return 0
     command = shlex.join(["python", "-m", "simulations.sweep", *words])
     try:
@@ -111,15 +114,6 @@ def run_sweep(
         sys.stdout.write(warning.format(composed) + "\n")
     sys.stdout.write(f"{len(done)} of {len(cells)} cells done, {len(failed)} failed; report in {targets[-1]}\n")
     return failed
-
-
-def read_cell(directory: Path, cell: Cell) -> dict[str, Any] | None:
-    """Return a finished cell's result, or None."""
-    path = directory / cell.name / cell_file
-    if not path.exists():
-        return None
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return result if result.get("format") == cell_format else None
 
 
 def run_cell(cell: Cell, directory: Path, *, num_candidates: int, engine: str) -> None:

@@ -18,6 +18,8 @@ from simulations.scenario_files import flatten_table, list_all_keys, load_scenar
 
 epsilon_key = "privacy.target-epsilon"
 no_privacy = "none"
+cell_file = "cell.json"
+cell_format = 1
 _tables = ("base", "grid", "override", "audit")
 
 
@@ -94,6 +96,33 @@ def load_sweep(path: Path, *, changes: Mapping[str, Scalar] | None = None) -> Sw
     if set(audit) - {"candidates"} or not isinstance(num_candidates, int) or num_candidates < 0:
         raise ConfigError(f"{path.name}: [audit] takes candidates, a number of examples, and has {audit!r}.")
     return Sweep(description=str(description), cells=cells, num_candidates=num_candidates)
+
+
+def read_cell(directory: Path, cell: Cell) -> dict[str, Any] | None:
+    """Return a finished cell's result, or None."""
+    path = directory / cell.name / cell_file
+    if not path.exists():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return result if result.get("format") == cell_format else None
+
+
+def choose_cells(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
+    """Return the cells with all of ``only`` in their names.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    chosen = [cell for cell in cells if all(text in cell.name for text in only)]
+    if not chosen:
+        raise ConfigError(f"--only={' '.join(only)!r} is in the name of no cell; --dry-run lists them.")
+    return chosen
+
+
+def list_cells(cells: Sequence[Cell], directory: Path) -> str:
+    """Return a line for each cell, which says whether it is done."""
+    lines = [f"{'done' if read_cell(directory, cell) else 'to do':6} {cell.name}\n" for cell in cells]
+    return "".join([*lines, f"{len(cells)} cells in {directory}\n"])
 
 
 def read_document(path: Path, *, tables: Sequence[str]) -> dict[str, Any]:

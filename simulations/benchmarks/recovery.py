@@ -20,7 +20,7 @@ from typing import Any
 
 from ot_federated.cache import atomic_write_text
 from ot_federated.config import parse_run_config
-from ot_federated.errors import ConfigError, OtFederatedError
+from ot_federated.errors import OtFederatedError
 from ot_federated.model_owner.evaluation import recovery
 from ot_federated.model_owner.owner import prepare
 from ot_federated.reporting.run_directory import RunDirectory
@@ -32,12 +32,11 @@ from simulations.benchmarks.recovery_report import describe_results, write_repor
 from simulations.benchmarks.recovery_rows import cut_set, shared_rows
 from simulations.command_line import make_sources_absolute
 from simulations.scenario_files import simulation_keys
-from simulations.sweep import cell_file, simulate
-from simulations.sweep_cells import Cell
+from simulations.sweep import simulate
+from simulations.sweep_cells import Cell, cell_file, cell_format, choose_cells, list_cells, read_cell
 
 default_plan = Path(__file__).with_name("recovery.toml")
 default_results = Path(__file__).parent.parent / "results"
-cell_format = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,17 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = build_parser().parse_args(words)
     try:
         plan = load_plan(parsed.plan, seeds=parsed.seeds)
-        cells = [cell for cell in plan.cells if all(word in cell.name for word in parsed.only)]
-        if not cells:
-            raise ConfigError(f"--only={' '.join(parsed.only)!r} is in the name of no cell; --dry-run lists them.")
+        cells = choose_cells(plan.cells, parsed.only)
     except OtFederatedError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     directory: Path = parsed.output_dir or Path("runs") / f"benchmark-{parsed.plan.stem}"
     if parsed.dry_run:
-        for cell in cells:
-            sys.stdout.write(f"{'done' if read_cell(directory, cell) else 'to do':6} {cell.name}\n")
-        sys.stdout.write(f"{len(cells)} cells in {directory}\n")
+        sys.stdout.write(list_cells(cells, directory))
         return 0
     command = shlex.join(["python", "-m", "simulations.benchmarks.recovery", *words])
     try:
@@ -113,15 +108,6 @@ def run_benchmark(
     sys.stdout.write(describe_results(done) + "\n")
     sys.stdout.write(f"{len(done)} cells done, {len(failed)} failed; report in {results or directory}\n")
     return failed
-
-
-def read_cell(directory: Path, cell: Cell) -> dict[str, Any] | None:
-    """Return a finished cell's result, or None."""
-    path = directory / cell.name / cell_file
-    if not path.exists():
-        return None
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return result if result.get("format") == cell_format else None
 
 
 def best_candidate(cell: Cell, cells: Sequence[Cell], directory: Path) -> dict[str, Scalar] | None:

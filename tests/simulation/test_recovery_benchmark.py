@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ot_federated.errors import OtFederatedError
+from simulations import command_line
 from simulations.benchmarks import recovery as benchmark
 from simulations.benchmarks.recovery import main
 from simulations.benchmarks.recovery_plan import candidate_of, load_plan
+from simulations.sweep_cells import cell_file, cell_format
 from tests.federations import build_questions, write_rows
 
 plan_text = """
@@ -36,7 +38,7 @@ data.test = "cut:test"
 
 [emulator.empty]
 offsite.gaps = "empty"
-candidates.train.learning-rate = [1e-4, 3e-3]
+candidates.train.learning-rate = [1e-3, 3e-3]
 
 [emulator.bridge]
 offsite.gaps = "bridge"
@@ -65,6 +67,18 @@ def plan(tmp_path: Path, llama_directory: Path) -> Path:
     file = tmp_path / "tiny.toml"
     file.write_text(plan_text.format(model=llama_directory, data=data))
     return file
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch) -> None:
+    """Run cells here: a process of their own costs its imports each time, and the sweep's tests see to that."""
+
+    def simulate(settings, run: Path, *, engine: str, log: Path) -> None:
+        words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        if command_line.main(["--engine", engine, "--output", str(run), *words]):
+            raise OtFederatedError("the run failed")
+
+    monkeypatch.setattr(benchmark, "simulate", simulate)
 
 
 def run(plan: Path, *words: str) -> tuple[int, dict[str, Any], Path]:
@@ -142,12 +156,11 @@ def test_later_seeds_wait_for_the_first_ones_choice(plan: Path) -> None:
     assert all(benchmark.is_wanted(cell, cells, directory) for cell in first)
     assert not any(benchmark.is_wanted(cell, cells, directory) for cell in later)
     for cell, loss in zip(first, (2.0, 1.0), strict=True):
-        path = directory / cell.name / benchmark.cell_file
+        path = directory / cell.name / cell_file
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"format": benchmark.cell_format, "validation_loss": loss}))
+        path.write_text(json.dumps({"format": cell_format, "validation_loss": loss}))
     assert [benchmark.is_wanted(cell, cells, directory) for cell in later] == [False, True]
     assert candidate_of(later[1]) == {"train.learning-rate": 3e-3}
-    shutil.rmtree(directory)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +169,7 @@ def test_later_seeds_wait_for_the_first_ones_choice(plan: Path) -> None:
         ('emulators = ["empty", "bridge"]', 'emulators = ["emty"]', "'empty'"),
         ("seeds = [0, 1]", "", "it takes tasks, emulators, federations, seeds"),
         ("train = 16, ", "", "task.questions.cut"),
-        ("[1e-4, 3e-3]", "1e-4", "must be a list of values"),
+        ("[1e-3, 3e-3]", "1e-3", "must be a list of values"),
         ("epochs = 1", "epochs = 0", "full.epochs=0"),
         ("[emulator.bridge]", "[emulator.bridge]\noffsite.gapes = 1", "offsite.gaps"),
         ("[full]", "[fully]", "fully"),
