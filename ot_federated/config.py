@@ -443,6 +443,11 @@ def parse_run_config(flat: Mapping[str, object]) -> RunConfig:
             "privacy.mode='example' does not go with task.name='causal-lm': it joins records and cuts them into "
             "windows, so that no single example is one person's record. Use a task with one example a record."
         )
+    if config.evaluation.harness_tasks and config.has_head:
+        raise ConfigError(
+            f"evaluation.harness-tasks={config.evaluation.harness_tasks!r} needs a language model, and "
+            f"task.name={config.task.name!r} gives the model a classification head: leave it empty."
+        )
     if config.strategy.secure_aggregation:
         _check_secure_aggregation(config)
     if config.privacy.mode == "client":

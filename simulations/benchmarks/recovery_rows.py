@@ -15,6 +15,7 @@ import numpy as np
 
 from ot_federated.cache import atomic_write_text
 from ot_federated.config import parse_run_config
+from ot_federated.errors import ConfigError
 from ot_federated.model_owner.evaluation import score_with_progress
 from ot_federated.model_owner.owner import Owner
 from ot_federated.model_owner.results import fine_tuned_full_model
@@ -107,18 +108,26 @@ def count_steps(owner: Owner) -> int:
 def cut_set(cut: Mapping[str, Any], directory: Path) -> dict[str, str]:
     """Divide a set that has one split into train, validation and test files, the same ones every time.
 
+    Rows are drawn, but for running text (a set of texts alone), which is not to be torn apart.
+
     Args:
         cut: ``source``, and how many rows each part gets.
         directory: Where the files go.
 
     Returns:
         The files by ``cut:train``, ``cut:validation`` and ``cut:test``.
+
+    Raises:
+        ConfigError: If the set has fewer rows.
     """
     parts = ("train", "validation", "test")
     paths = {part: directory / f"{part}-{cut[part]}.jsonl" for part in parts}
     if not all(path.exists() for path in paths.values()):
         table = load_table(str(cut["source"]), split=None)
-        order = np.random.default_rng(0).permutation(table.num_rows).tolist()
+        wanted, is_text = sum(cut[part] for part in parts), table.column_names == ["text"]
+        if wanted > table.num_rows:
+            raise ConfigError(f"{cut['source']!r} has {table.num_rows} rows; the cut wants {wanted}.")
+        order = list(range(wanted)) if is_text else np.random.default_rng(0).permutation(table.num_rows).tolist()
         directory.mkdir(parents=True, exist_ok=True)
         for part in parts:
             rows, order = order[: cut[part]], order[cut[part] :]

@@ -140,3 +140,8 @@ def test_division_by_label_needs_a_column_where_the_task_has_no_answer() -> None
 def test_configs_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         parse_run_config({}).train.learning_rate = 1.0  # type: ignore[misc]
+
+
+def test_the_harness_needs_a_language_model() -> None:
+    with pytest.raises(ConfigError, match="harness-tasks='piqa' needs a language model"):
+        parse_run_config({"evaluation.harness-tasks": "piqa", "task.name": "image-classification"})

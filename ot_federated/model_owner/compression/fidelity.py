@@ -19,8 +19,8 @@ from ot_federated.bundle import Manifest
 from ot_federated.emulated_model import adapter_parameters
 from ot_federated.model_owner.compression.calibration import record_blocks
 from ot_federated.model_owner.plug_in import full_model_names
-from ot_federated.tasks.base import Example
-from ot_federated.tasks.language_model import example_losses
+from ot_federated.tasks.base import AnyExample, Example
+from ot_federated.tasks.losses import example_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +64,7 @@ def measure_fidelity(
     model: PreTrainedModel,
     emulated: PreTrainedModel,
     manifest: Manifest,
-    windows: torch.Tensor | Sequence[Example],
+    windows: torch.Tensor | Sequence[AnyExample],
 ) -> Fidelity:
     """Compare an emulated model with the full one on token windows ``(num_windows, window)`` of public text.
 
@@ -94,13 +94,13 @@ def measure_fidelity(
 def _run(
     model: PreTrainedModel,
     parameters: Mapping[str, nn.Parameter],
-    windows: torch.Tensor | Sequence[Example],
+    windows: torch.Tensor | Sequence[AnyExample],
     *,
     position: int,
 ) -> _Pass:
     """Run a model over windows, with the gradient of ``parameters``; record what leaves the block at ``position``."""
     blocks = list(get_blocks(model, find_architecture(model.config)))
-    examples = (
+    examples: list[AnyExample] = (
         [Example(tuple(row), 1) for row in windows.tolist()] if isinstance(windows, torch.Tensor) else list(windows)
     )
     record: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
