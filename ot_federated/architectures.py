@@ -47,6 +47,8 @@ class Architecture:
         per_block_fields: Config fields that hold one entry a block and must be cut with the blocks.
         dropped_fields: Config fields that name blocks by number and are of no use here.
         unsupported: Config fields that make a block depend on its index, with the value that does no harm.
+        sublayer_outputs: Names, inside a block, of the projections that end attention and the feed-forward part:
+            bottleneck adapters stand behind them.
     """
 
     family: str
@@ -60,6 +62,7 @@ class Architecture:
     per_block_fields: tuple[str, ...] = ()
     dropped_fields: tuple[str, ...] = ()
     unsupported: tuple[tuple[str, object], ...] = ()
+    sublayer_outputs: tuple[str, ...] = ()
 
 
 _table: dict[str, Architecture] = {}
@@ -77,35 +80,54 @@ def list_architectures() -> dict[str, Architecture]:
 
 
 for _architecture in (
-    Architecture(family="LLaMA", model_types=("llama",), blocks="model.layers"),
+    Architecture(
+        family="LLaMA", model_types=("llama",), blocks="model.layers", sublayer_outputs=("o_proj", "down_proj")
+    ),
     Architecture(
         family="Mistral",
         model_types=("mistral", "ministral"),
         blocks="model.layers",
         per_block_fields=("layer_types",),
+        sublayer_outputs=("o_proj", "down_proj"),
     ),
     Architecture(
         family="Qwen",
         model_types=("qwen2", "qwen3"),
         blocks="model.layers",
         per_block_fields=("layer_types",),
+        sublayer_outputs=("o_proj", "down_proj"),
     ),
     Architecture(
         family="Gemma",
         model_types=("gemma", "gemma2", "gemma3_text"),
         blocks="model.layers",
         per_block_fields=("layer_types",),
+        sublayer_outputs=("o_proj", "down_proj"),
     ),
-    Architecture(family="OPT", model_types=("opt",), blocks="model.decoder.layers"),
+    Architecture(
+        family="OPT", model_types=("opt",), blocks="model.decoder.layers", sublayer_outputs=("out_proj", "fc2")
+    ),
     Architecture(
         family="GPT-2",
         model_types=("gpt2",),
         blocks="transformer.h",
         # With this switch a block divides its attention by its own index, which changes when blocks are dropped.
         unsupported=(("scale_attn_by_inverse_layer_idx", False),),
+        sublayer_outputs=("attn.c_proj", "mlp.c_proj"),
     ),
-    Architecture(family="BLOOM", model_types=("bloom",), blocks="transformer.h", block_returns_tuple=True),
-    Architecture(family="GPT-NeoX", model_types=("gpt_neox",), blocks="gpt_neox.layers"),
+    Architecture(
+        family="BLOOM",
+        model_types=("bloom",),
+        blocks="transformer.h",
+        block_returns_tuple=True,
+        sublayer_outputs=("dense", "dense_4h_to_h"),
+    ),
+    Architecture(
+        family="GPT-NeoX",
+        model_types=("gpt_neox",),
+        blocks="gpt_neox.layers",
+        sublayer_outputs=("dense", "dense_4h_to_h"),
+    ),
     *(
         Architecture(
             family=family,
@@ -114,6 +136,7 @@ for _architecture in (
             kind="image",
             head="classifier",
             size_argument="interpolate_pos_encoding",
+            sublayer_outputs=("o_proj", "fc2"),
         )
         for family, model_type in (("ViT", "vit"), ("DeiT", "deit"))
     ),
@@ -125,6 +148,7 @@ for _architecture in (
         head="classifier",
         size_argument="interpolate_pos_encoding",
         section="vision_config",
+        sublayer_outputs=("out_proj", "fc2"),
     ),
     *(
         Architecture(
@@ -134,6 +158,7 @@ for _architecture in (
             kind="image",
             head="classifier",
             dropped_fields=("stage_names", "out_features", "out_indices"),
+            sublayer_outputs=("o_proj", "fc2"),
         )
         for family, model_type in (("DINOv2", "dinov2"), ("DINOv2 with registers", "dinov2_with_registers"))
     ),

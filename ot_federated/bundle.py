@@ -7,6 +7,7 @@ A directory of safetensors (tensors) and JSON (structure)::
     emulator.safetensors  emulator.I.* (kept middle blocks) and bridge.I.* (what stands in for the others)
     frozen.safetensors    embeddings, final norm, language-model head, under their own names
     tokenizer.json ...    the tokenizer's files, or preprocessor_config.json for images
+    realignment.safetensors   in a later version of a bundle: the emulator's tensors that are others than before
 
 The bundle's digest is the SHA-256 of ``manifest.json``, which holds the digests of all other files: one value
 names the whole content.
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 format_version = 1
 manifest_name = "manifest.json"
 max_manifest_bytes = 4 * 2**20
+realignment_file = "realignment.safetensors"
 weight_files = ("adapter.safetensors", "emulator.safetensors", "frozen.safetensors")
 
 # Tensor names of a classification head begin with it.

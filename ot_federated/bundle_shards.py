@@ -2,7 +2,8 @@
 
 The manifest travels first and gives every file's size and digest. From them both sides derive the same cuts; the
 files' digests are checked when all shards are there. A shard is read and written in small pieces, so that neither
-side ever needs memory for more than what is on the way.
+side ever needs memory for more than what is on the way. Who has another version of the bundle, its base, is sent the
+files that are not in it: then the row is made of those alone (:func:`changed_part`).
 """
 
 from __future__ import annotations
@@ -10,11 +11,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from ot_federated.bundle import Manifest
 
 piece_bytes = 4 * 2**20
+
+
+def changed_part(manifest: Manifest, base: Manifest | None) -> Manifest:
+    """Return the manifest of the files that ``base`` does not have; of all files where there is no base."""
+    if base is None:
+        return manifest
+    return replace(manifest, files=tuple(file for file in manifest.files if file not in base.files))
 
 
 def count_shards(manifest: Manifest, *, shard_bytes: int) -> int:

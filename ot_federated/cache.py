@@ -250,6 +250,14 @@ def file_lock(path: Path) -> Iterator[bool]:
         yield locked
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a finished file, which nobody changes any more, a second name; copy it where file systems cannot link."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file as 64 hexadecimal digits, without reading it into memory at once."""
     digest = hashlib.sha256()

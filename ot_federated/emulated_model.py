@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import Cache
 
 from ot_federated.architectures import Architecture, block_config, choose_auto_class, find_architecture, get_blocks
-from ot_federated.bundle import Manifest, adapter_prefixes, check_config, head_prefix, read_tensors
+from ot_federated.bundle import Manifest, adapter_prefixes, check_config, head_prefix, read_tensors, realignment_file
 from ot_federated.errors import BundleError, OtFederatedError
 
 if TYPE_CHECKING:
@@ -66,8 +66,15 @@ def load_emulated_model(directory: Path, manifest: Manifest, *, device: str = "c
     tensors: dict[str, torch.Tensor] = {}
     for name in ("adapter.safetensors", "emulator.safetensors", "frozen.safetensors"):
         tensors.update(read_tensors(directory / name))
+    tensors.update(read_realignment(directory, manifest))
     model = build_emulated_model(manifest, tensors)
     return model.to(device)  # type: ignore[arg-type, no-any-return]  # transformers annotates .to loosely
+
+
+def read_realignment(directory: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
+    """Return the emulator's tensors that this version of a bundle has in place of the first version's."""
+    realigned = any(file.name == realignment_file for file in manifest.files)
+    return read_tensors(directory / realignment_file) if realigned else {}
 
 
 def build_emulated_model(manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> PreTrainedModel:

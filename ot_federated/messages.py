@@ -2,7 +2,8 @@
 
 Three exchanges, each a Flower message and its reply:
 
-``query.hello``  digest and manifest of the bundle -> the client's name, its cache, the shards it lacks
+``query.hello``  digest and manifest of the bundle, digests of its earlier versions -> the client's name, its cache,
+                 the earlier version that it has, the shards it lacks
 ``query.shard``  one piece of the bundle -> stored, or why not
 ``train``        the adapter, the bundle's digest, the round -> the adapter's update and its metrics, or a status
 
@@ -219,15 +220,23 @@ class Hello:
             so that a resumed run adds them up in the same order; node ids change with every simulation.
         cache_id: Identifies its bundle cache; clients on one machine share one, and it is filled once.
         missing_shards: The shards that this cache lacks.
+        base: Digest of an earlier version of the bundle that it has, to which the shards add what changed; empty where
+            they are the whole bundle's.
     """
 
     name: str
     cache_id: str
     missing_shards: tuple[int, ...]
+    base: str = ""
 
 
-def parse_hello(message: Message, *, num_shards: int) -> Hello:
+def parse_hello(message: Message, *, num_shards: int, num_changed_shards: Mapping[str, int] | None = None) -> Hello:
     """Read the reply to ``query.hello``.
+
+    Args:
+        message: The reply.
+        num_shards: Shards of the whole bundle.
+        num_changed_shards: Shards of what changed since each earlier version, by its digest.
 
     Raises:
         ProtocolError: If it is malformed, or the client refused (with its reason).
@@ -235,9 +244,16 @@ def parse_hello(message: Message, *, num_shards: int) -> Hello:
     record = config_of(message)
     if text_field(record, "status") != "ok":
         raise ProtocolError(text_field(record, "reason"))
+    base = text_field(record, "base-digest") if record.get("base-digest") else ""
+    if base:
+        if base not in (num_changed_shards or {}):
+            raise ProtocolError(f"the client has the bundle {base[:80]!r}, which it was not asked for")
+        num_shards = (num_changed_shards or {})[base]
     missing: Any = record.get("missing-shards")
     if not isinstance(missing, list) or any(
         isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < num_shards for index in missing
     ):
         raise ProtocolError(f"the client lacks shards {missing!r} of {num_shards}")
-    return Hello(text_field(record, "name")[:100], text_field(record, "cache-id")[:100], tuple(sorted(set(missing))))
+    return Hello(
+        text_field(record, "name")[:100], text_field(record, "cache-id")[:100], tuple(sorted(set(missing))), base
+    )

@@ -129,6 +129,8 @@ def aggregator_state(aggregator: Strategy) -> dict[str, np.ndarray]:
             state[f"{attribute}/{name}"] = np.asarray(array)
     for index, array in enumerate(getattr(inner, "momentum_vector", None) or []):
         state[f"momentum_vector/{index:06d}"] = np.asarray(array)
+    if hasattr(aggregator, "residual_arrays"):
+        state |= {f"residual/{name}": array for name, array in aggregator.residual_arrays().items()}
     if hasattr(aggregator, "clipping_norm"):
         state["clipping_norm"] = np.array([aggregator.clipping_norm])  # safetensors gives a scalar back as a vector
     return state
@@ -144,5 +146,8 @@ def restore_aggregator(aggregator: Strategy, state: dict[str, np.ndarray]) -> No
     momentum = [state[key] for key in sorted(state) if key.startswith("momentum_vector/")]
     if momentum:
         inner.momentum_vector = momentum  # only FedAvgM saved one
+    residual = {key.partition("/")[2]: array for key, array in state.items() if key.startswith("residual/")}
+    if residual:
+        aggregator.restore_residual(residual)  # type: ignore[attr-defined]  # only StackedLora saved one
     if "clipping_norm" in state:
         aggregator.clipping_norm = state["clipping_norm"].item()  # type: ignore[attr-defined]  # client-level privacy

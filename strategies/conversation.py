@@ -17,7 +17,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from ot_federated.bundle import Manifest, manifest_name
-from ot_federated.bundle_shards import count_shards, read_pieces, shard_size
+from ot_federated.bundle_shards import changed_part, count_shards, read_pieces, shard_size
 from ot_federated.errors import ProtocolError
 from ot_federated.messages import (
     Hello,
@@ -40,11 +40,19 @@ lasting_errors = (1, 6, 7)
 
 @dataclass(frozen=True)
 class BundleSource:
-    """The bundle as the server sends it: read from disk shard by shard, never in memory as a whole."""
+    """The bundle as the server sends it: read from disk shard by shard, never in memory as a whole.
+
+    Attributes:
+        directory: Where it is.
+        manifest: Its manifest.
+        shard_bytes: Size of a shard.
+        bases: Manifests of its earlier versions: to who has one, only what changed since is sent.
+    """
 
     directory: Path
     manifest: Manifest
     shard_bytes: int
+    bases: tuple[Manifest, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -56,17 +64,35 @@ class BundleSource:
         """Number of shards."""
         return count_shards(self.manifest, shard_bytes=self.shard_bytes)
 
-    def hello_content(self) -> RecordDict:
-        """Return the content of ``query.hello``: which bundle, and its manifest."""
-        text = (self.directory / manifest_name).read_bytes()
-        return build_content({"bundle-digest": self.digest, "shard-bytes": self.shard_bytes, "manifest": text})
+    def part(self, base: str) -> Manifest:
+        """Return the manifest of what is sent to who has the earlier version ``base``; of all where that is empty."""
+        return changed_part(self.manifest, next((m for m in self.bases if m.digest == base), None))
 
-    def shard_content(self, index: int) -> RecordDict:
-        """Return the content of ``query.shard`` for one shard."""
-        digest = hashlib.sha256()
+    def read_hello(self, reply: Message) -> Hello:
+        """Read the reply to ``query.hello``.
+
+        Raises:
+            ProtocolError: If it is malformed, or the client refused.
+        """
+        counts = {m.digest: count_shards(self.part(m.digest), shard_bytes=self.shard_bytes) for m in self.bases}
+        return parse_hello(reply, num_shards=self.num_shards, num_changed_shards=counts)
+
+    def hello_content(self) -> RecordDict:
+        """Return the content of ``query.hello``: which bundle, its manifest, and its earlier versions."""
+        fields: dict[str, str | int | float | bytes | list[int]] = {
+            "bundle-digest": self.digest,
+            "shard-bytes": self.shard_bytes,
+            "manifest": (self.directory / manifest_name).read_bytes(),
+            "base-digests": " ".join(base.digest for base in self.bases),
+        }
+        return build_content(fields)
+
+    def shard_content(self, index: int, *, base: str = "") -> RecordDict:
+        """Return the content of ``query.shard`` for one shard of what changed since ``base``."""
+        digest, part = hashlib.sha256(), self.part(base)
 
         def pieces() -> Iterator[bytes]:
-            for piece in read_pieces(self.directory, self.manifest, index, shard_bytes=self.shard_bytes):
+            for piece in read_pieces(self.directory, part, index, shard_bytes=self.shard_bytes):
                 digest.update(piece)
                 yield piece
 
@@ -75,6 +101,7 @@ class BundleSource:
             "bundle-digest": self.digest,
             "shard-bytes": self.shard_bytes,
             "shard-index": index,
+            "base-digest": base,
             "shard-sha256": digest.hexdigest(),
         }
         return build_content(fields, arrays=arrays)
@@ -132,8 +159,9 @@ class Conversation:
         if self.has_bundle:
             return self._message(self.train.content, train_type)
         index = self.missing[0]
-        self.num_bundle_bytes += shard_size(self.source.manifest, index, shard_bytes=self.source.shard_bytes)
-        return self._message(self.source.shard_content(index), shard_type)
+        part = self.source.part(self.hello.base)
+        self.num_bundle_bytes += shard_size(part, index, shard_bytes=self.source.shard_bytes)
+        return self._message(self.source.shard_content(index, base=self.hello.base), shard_type)
 
     def ask(self) -> Message:
         """Return the question which shards the client lacks.
@@ -176,7 +204,7 @@ class Conversation:
             raise ProtocolError(f"it answers {reply.metadata.message_type!r} to {self.asked!r}")
         if reply.metadata.message_type == hello_type:
             # Its name stays: the model owner may know it by another than its own.
-            self.hello = replace(parse_hello(reply, num_shards=self.source.num_shards), name=self.hello.name)
+            self.hello = replace(self.source.read_hello(reply), name=self.hello.name)
             self.missing = list(self.hello.missing_shards)
             return None if self.done else self.speak()
         record = config_of(reply)

@@ -34,7 +34,6 @@ from ot_federated.messages import (
     int_field,
     metrics_key,
     num_array_bytes,
-    parse_hello,
     text_field,
     train_type,
 )
@@ -71,6 +70,10 @@ class OffsiteTuning(Strategy):
         run_id: Identifies the run, also after it was resumed; clients account for privacy under it.
         first_round: The round to begin with; above 1 when a run is continued.
         on_progress: Told a line of text whenever something happened that a waiting person wants to know.
+        scale_update: Called with the adapter before a round and after it; returns the one to go on with and its factor
+            on the update.
+        choose_source: Called with a round that begins and its adapter; returns the version of the bundle to train
+            with.
         on_round: Called with each finished round's adapter and record, before it is evaluated: the place to save it.
     """
 
@@ -94,6 +97,8 @@ class OffsiteTuning(Strategy):
         first_round: int = 1,
         on_progress: Callable[[str], None] = logger.info,
         on_round: Callable[[ArrayRecord, RoundRecord], None] | None = None,
+        scale_update: Callable[[ArrayRecord, ArrayRecord], tuple[ArrayRecord, float]] | None = None,
+        choose_source: Callable[[int, ArrayRecord], BundleSource] | None = None,
     ) -> None:
         self.aggregator = aggregator
         self.source = source
@@ -121,6 +126,8 @@ class OffsiteTuning(Strategy):
         self.first_round = first_round
         self.on_progress = on_progress
         self.on_round = on_round
+        self.scale_update = scale_update
+        self.choose_source = choose_source
         self.hellos: dict[int, Hello] = {}
         self.record = RoundRecord(0)
         self.round_timeout_seconds = 3600.0
@@ -169,6 +176,8 @@ class OffsiteTuning(Strategy):
         for server_round in range(self.first_round, num_rounds + 1):
             began = time.monotonic()
             config = ConfigRecord(dict(train_config or {}))
+            if self.choose_source:
+                self._use(self.choose_source(server_round, arrays))
             messages = self.configure_train(server_round, arrays, config, grid)
             if self.secure_range is None:
                 replies = self._hold_round(grid, messages, timeout_seconds=timeout)
@@ -176,6 +185,8 @@ class OffsiteTuning(Strategy):
             else:
                 aggregated, train_metrics = self._hold_secure_round(grid, server_round, list(messages))
             assert aggregated is not None  # aggregate_train raises rather than return nothing
+            if self.scale_update:
+                aggregated, self.record.alpha = self.scale_update(arrays, aggregated)
             result.arrays = arrays = aggregated
             self.record.seconds = time.monotonic() - began
             self.record.wire_bytes_to_clients, self.record.wire_bytes_to_server = metered.take()
@@ -186,6 +197,12 @@ class OffsiteTuning(Strategy):
             if evaluate_fn and (metrics := evaluate_fn(server_round, arrays)) is not None:
                 result.evaluate_metrics_serverapp[server_round] = metrics
         return result
+
+    def _use(self, source: BundleSource) -> None:
+        """Train with this version of the bundle; what clients said of another one counts no more."""
+        if source.digest != self.source.digest:
+            self.source = source
+            self.hellos.clear()
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -275,7 +292,7 @@ class OffsiteTuning(Strategy):
                     retries[node_id] -= 1
                     return [Again(messages[node_id])]
                 raise_flower_error(reply)
-                hello = parse_hello(reply, num_shards=self.source.num_shards)
+                hello = self.source.read_hello(reply)
                 # The name under which the model owner registered the node's key, before the one it gives itself.
                 self.hellos[node_id] = replace(hello, name=registered.get(node_id) or hello.name)
             except ProtocolError as error:

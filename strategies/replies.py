@@ -31,6 +31,7 @@ class RoundRecord:
         train_loss: Their mean training loss, weighted by examples, in nats per token; None where clients keep it.
         epsilon: Largest epsilon that a client told of, or that of the run so far under client-level privacy; else None.
         delta: The delta of that epsilon.
+        alpha: Factor on the aggregated update, where one was chosen.
         bundle_bytes: Bytes of bundle shards sent.
         bytes_to_clients: Bytes of adapters sent to clients.
         bytes_to_server: Bytes of updates received in valid replies.
@@ -49,6 +50,7 @@ class RoundRecord:
     train_loss: float | None = None
     epsilon: float | None = None
     delta: float | None = None
+    alpha: float | None = None
     bundle_bytes: int = 0
     bytes_to_clients: int = 0
     bytes_to_server: int = 0

@@ -4,9 +4,12 @@
 
     <root>/cache-id                  names this cache
     <root>/<digest>/                 a complete, verified bundle; its time of change is that of its last use
-    <root>/incoming-<digest>-<size>/ a bundle that is on its way
+    <root>/incoming-<digest>-<size>[-<base>]/ a bundle that is on its way
         bundle/                          manifest.json, and the files with holes where shards are missing
         have-000003                      shard 3 is in its place
+
+A later version of a bundle is a bundle, too: only what its base lacks is received, and the rest are links to the base's
+files.
 
 Each message of a deployment runs in a new process, so all state is in these files. A shard counts once it is on the
 disk as a whole; the bundle is verified against its digest, then renamed into place.
@@ -24,13 +27,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ot_federated.bundle import Manifest, manifest_name, parse_manifest, read_manifest, verify_files
-from ot_federated.bundle_shards import count_shards, shard_size, write_shard
+from ot_federated.bundle_shards import changed_part, count_shards, shard_size, write_shard
 from ot_federated.cache import (
     atomic_write_bytes,
     atomic_write_text,
     cache_root,
     explain_disk_errors,
     file_lock,
+    link_or_copy,
     require_free_bytes,
 )
 from ot_federated.data_owner.cache_eviction import hold, make_room, touch
@@ -38,6 +42,8 @@ from ot_federated.errors import BundleError
 
 cache_variable = "OT_FEDERATED_BUNDLE_CACHE"
 max_shard_bytes = 2**30
+# More earlier versions than this are not looked for: a server may name any number.
+max_bases = 1000
 
 
 class BundleCache:
@@ -87,8 +93,18 @@ class BundleCache:
         with hold(self.root, check_digest(digest)):
             yield self.find(digest)
 
-    def announce(self, digest: str, manifest_text: bytes, *, shard_bytes: int) -> list[int]:
+    def find_base(self, digests: Sequence[str]) -> str:
+        """Return the last of these bundles that is here whole, or an empty text."""
+        return next((digest for digest in reversed(digests[-max_bases:]) if self.find(digest)), "")
+
+    def announce(self, digest: str, manifest_text: bytes, *, shard_bytes: int, base: str = "") -> list[int]:
         """Note that a bundle is coming and return the shards that are still missing.
+
+        Args:
+            digest: Its digest.
+            manifest_text: Its manifest.
+            shard_bytes: Size of a shard.
+            base: A bundle that is here: the shards are then of the files that it does not have.
 
         Raises:
             BundleError: If the manifest is not the one that ``digest`` names, the shard size is out of range, or the
@@ -100,14 +116,15 @@ class BundleCache:
         if not 2**10 <= shard_bytes <= max_shard_bytes:
             raise BundleError(f"Shards of {shard_bytes} bytes are refused: 1 KiB to 1 GiB is accepted.")
         manifest = parse_manifest(manifest_text, digest=digest)
-        incoming = self._incoming(digest, shard_bytes)
+        part = changed_part(manifest, self._base_manifest(base))
+        incoming = self._incoming(digest, shard_bytes, base)
         if not (incoming / "bundle" / manifest_name).is_file():
-            self.reserve(manifest, digest)
+            self.reserve(part, digest)
             shutil.rmtree(incoming, ignore_errors=True)
             atomic_write_bytes(incoming / "bundle" / manifest_name, manifest_text)
-        missing = self._missing(incoming, manifest, shard_bytes)
+        missing = self._missing(incoming, part, shard_bytes)
         # All shards and no bundle: the process that had the last one was killed before it could complete them.
-        return missing or self._finish(incoming, manifest, digest, shard_bytes)
+        return missing or self._finish(incoming, part, digest, shard_bytes, base)
 
     def reserve(self, manifest: Manifest, digest: str) -> None:
         """Make room for a bundle.
@@ -120,16 +137,32 @@ class BundleCache:
             make_room(self.root, manifest.num_bytes, max_bytes=self.max_bytes, keep=digest)
         require_free_bytes(self.root, manifest.num_bytes)
 
-    def announced(self, digest: str, *, shard_bytes: int) -> Manifest:
-        """Return the manifest of a bundle that is coming.
+    def announced(self, digest: str, *, shard_bytes: int, base: str = "") -> Manifest:
+        """Return the manifest of the part of a bundle that is coming: all of it, or what ``base`` does not have.
 
         Raises:
-            BundleError: If it was not announced.
+            BundleError: If it was not announced, or the base is gone.
         """
-        return read_manifest(self._incoming(digest, shard_bytes) / "bundle", digest=digest)
+        manifest = read_manifest(self._incoming(digest, shard_bytes, base) / "bundle", digest=digest)
+        return changed_part(manifest, self._base_manifest(base))
+
+    def _base_manifest(self, base: str) -> Manifest | None:
+        if not base:
+            return None
+        directory = self.find(base)
+        if directory is None:
+            raise BundleError(f"The bundle {base[:12]}, to which a change was to be added, is gone: ask for all of it.")
+        return read_manifest(directory, digest=base)
 
     def receive(
-        self, digest: str, index: int, pieces: Sequence[bytes | memoryview], *, shard_bytes: int, sha256: str
+        self,
+        digest: str,
+        index: int,
+        pieces: Sequence[bytes | memoryview],
+        *,
+        shard_bytes: int,
+        sha256: str,
+        base: str = "",
     ) -> list[int]:
         """Store one shard and return those still missing; the last one completes the bundle.
 
@@ -140,8 +173,8 @@ class BundleCache:
         """
         if self.find(digest):
             return []
-        incoming = self._incoming(digest, shard_bytes)
-        manifest = self.announced(digest, shard_bytes=shard_bytes)
+        incoming = self._incoming(digest, shard_bytes, base)
+        manifest = self.announced(digest, shard_bytes=shard_bytes, base=base)
         if not 0 <= index < count_shards(manifest, shard_bytes=shard_bytes):
             raise BundleError(f"Shard {index} is not one of the bundle {digest[:12]}.")
         num_bytes = sum(map(len, pieces))
@@ -155,32 +188,37 @@ class BundleCache:
         with explain_disk_errors(incoming):
             write_shard(incoming / "bundle", manifest, index, pieces, shard_bytes=shard_bytes)
         atomic_write_bytes(incoming / f"have-{index:06d}", b"")
-        return self._finish(incoming, manifest, digest, shard_bytes)
+        return self._finish(incoming, manifest, digest, shard_bytes, base)
 
-    def _finish(self, incoming: Path, manifest: Manifest, digest: str, shard_bytes: int) -> list[int]:
+    def _finish(self, incoming: Path, part: Manifest, digest: str, shard_bytes: int, base: str) -> list[int]:
         """Complete the bundle if all shards are there; return those that are not."""
         with file_lock(self.root / ".lock"):
             if self.find(digest):
                 return []
-            missing = self._missing(incoming, manifest, shard_bytes)
+            missing = self._missing(incoming, part, shard_bytes)
             if not missing:
-                self._complete(incoming, manifest, digest)
+                self._complete(incoming, part, digest, base)
         return missing
 
-    def _complete(self, incoming: Path, manifest: Manifest, digest: str) -> None:
+    def _complete(self, incoming: Path, part: Manifest, digest: str, base: str) -> None:
         directory = incoming / "bundle"
         try:
+            manifest = read_manifest(directory, digest=digest)
             for file in manifest.files:
-                # An empty file is in no shard.
-                (directory / file.name).touch()
+                if file in part.files:
+                    # An empty file is in no shard.
+                    (directory / file.name).touch()
+                elif not (directory / file.name).exists():
+                    link_or_copy(self.root / base / file.name, directory / file.name)
             verify_files(directory, manifest)
             directory.rename(self.root / digest)
         finally:
             # Complete, or wrong as a whole: in both cases what came is of no more use.
             shutil.rmtree(incoming, ignore_errors=True)
 
-    def _incoming(self, digest: str, shard_bytes: int) -> Path:
-        return self.root / f"incoming-{check_digest(digest)}-{shard_bytes}"
+    def _incoming(self, digest: str, shard_bytes: int, base: str = "") -> Path:
+        onto = f"-{check_digest(base)}" if base else ""
+        return self.root / f"incoming-{check_digest(digest)}-{shard_bytes}{onto}"
 
     @staticmethod
     def _missing(incoming: Path, manifest: Manifest, shard_bytes: int) -> list[int]:

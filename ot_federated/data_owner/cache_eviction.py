@@ -24,7 +24,7 @@ if sys.platform != "win32":
 
 # Within this time of its last use a bundle counts as in use.
 moment_seconds = 60.0
-kept_here = re.compile(r"(?:incoming-)?([0-9a-f]{64})(?:-\d+)?")
+kept_here = re.compile(r"(?:incoming-)?([0-9a-f]{64})(?:-\d+)?(?:-[0-9a-f]{64})?")
 
 
 def touch(directory: Path) -> None:
@@ -87,8 +87,9 @@ def make_room(root: Path, num_bytes: int, *, max_bytes: int, keep: str) -> None:
 
 
 def size_of(directory: Path) -> int:
-    """Return the bytes of the files below a directory."""
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    """Return the bytes of the files below a directory; what versions of a bundle share counts once in all."""
+    found = (path.stat() for path in directory.rglob("*") if path.is_file())
+    return sum(stat.st_size // stat.st_nlink for stat in found)
 
 
 def is_in_use(root: Path, directory: Path) -> bool:

@@ -77,12 +77,15 @@ def hello(message: Message, context: Context) -> Message:
             from ot_federated.data_owner.bundle_import import import_if_missing
 
             import_if_missing(cache, source, digest, manifest)
-        missing = cache.announce(digest, manifest, shard_bytes=int_field(record, "shard-bytes"))
+        earlier = text_field(record, "base-digests").split() if record.get("base-digests") else []
+        base = "" if cache.find(digest) else cache.find_base(earlier)
+        missing = cache.announce(digest, manifest, shard_bytes=int_field(record, "shard-bytes"), base=base)
         return build_content(
             {
                 "status": "ok",
                 "name": client_name(context),
                 "cache-id": cache.identify(),
+                "base-digest": base,
                 "missing-shards": missing,
             }
         )
@@ -100,9 +103,11 @@ def shard(message: Message, context: Context) -> Message:
         shard_bytes = int_field(record, "shard-bytes")
         cache = open_cache(context)
         if not cache.find(digest):
-            manifest = cache.announced(digest, shard_bytes=shard_bytes)
+            base = text_field(record, "base-digest") if record.get("base-digest") else ""
+            manifest = cache.announced(digest, shard_bytes=shard_bytes, base=base)
             pieces = decode_shard(message, num_bytes=shard_size(manifest, index, shard_bytes=shard_bytes))
-            cache.receive(digest, index, pieces, shard_bytes=shard_bytes, sha256=text_field(record, "shard-sha256"))
+            sha256 = text_field(record, "shard-sha256")
+            cache.receive(digest, index, pieces, shard_bytes=shard_bytes, sha256=sha256, base=base)
         return build_content({"status": "ok", "shard-index": index})
 
     return reply_to(message, context, build)

@@ -13,7 +13,7 @@ from ot_federated.architectures import find_architecture
 from ot_federated.bundle import StackEntry, head_prefix
 from ot_federated.cache import atomic_directory, file_sha256
 from ot_federated.model_owner.plug_in import full_model_names, plug_in
-from ot_federated.tuning import Tuning, lora_pairs, uses_conv1d
+from ot_federated.tuning import Tuning, build_peft, full_places, uses_conv1d
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ def deliver_adapter(
     return digest
 
 
-def deliver_lora(
+def deliver_state(
     directory: Path,
     *,
     model: PreTrainedModel,
@@ -54,46 +54,33 @@ def deliver_lora(
     tuning: Tuning,
     description: Mapping[str, Any],
 ) -> str:
-    """Write the tuned LoRA as a PEFT directory for the full model and return the SHA-256 of its weights.
+    """Write what the clients trained, unmerged, in fp32, and return the SHA-256 of its weights.
 
-    ``PeftModel.from_pretrained(full_model, directory)`` loads it.
+    Where PEFT has the method this is a PEFT directory: ``PeftModel.from_pretrained(full_model, directory)`` loads it.
+    Bottleneck adapters stand under the full model's names: ``ot_federated.tuning.load_bottlenecks`` loads them.
     """
-    from peft import LoraConfig
-
-    architecture = find_architecture(model.config)
-    blocks = architecture.blocks
-    places = {entry.prefix: f"{blocks}.{entry.first_block}." for entry in stack if entry.role in ("bottom", "top")}
-    conv1d = uses_conv1d(model)
+    places = full_places(model, stack, tuning)
     parameters = dict(model.named_parameters())
-    inputs = {
-        role.removesuffix(".weight"): parameters[name].shape[0 if conv1d else 1]
-        for role, name in full_model_names(model, stack).items()
-        if role.endswith(".weight") and parameters[name].dim() == 2
-    }
-    tensors, modules = {}, []
-    for name, (a, b) in lora_pairs(state, tuning, inputs=inputs).items():
-        role = next(prefix for prefix in places if name.startswith(prefix))
-        module = places[role] + name.removeprefix(role)
-        modules.append(module)
-        tensors[f"base_model.model.{module}.lora_A.weight"] = a.contiguous()
-        tensors[f"base_model.model.{module}.lora_B.weight"] = b.contiguous()
-    of_head = {name.removeprefix(head_prefix): value for name, value in state.items() if name.startswith(head_prefix)}
-    for name, value in of_head.items():
-        tensors[f"base_model.model.{architecture.head}.{name}"] = value.float().contiguous()
-    config = LoraConfig(
-        r=tuning.lora_r,
-        lora_alpha=tuning.lora_alpha,  # type: ignore[arg-type]  # PEFT takes and scales by any number
-        target_modules=modules,
-        task_type=None if of_head else "CAUSAL_LM",
-        modules_to_save=[architecture.head] if of_head else None,
-        base_model_name_or_path=str(description["base_model"]),
-        fan_in_fan_out=conv1d,
-        inference_mode=True,
-    )
+    base = {role: parameters[name] for role, name in full_model_names(model, stack).items()}
+    of_head = {places.full_name(name): tensor for name, tensor in state.items() if name.startswith(head_prefix)}
+    rest = {name: tensor for name, tensor in state.items() if not name.startswith(head_prefix)}
+    peft = build_peft(rest, base, tuning, conv1d=uses_conv1d(model), rename=places.full_name)
     with atomic_directory(directory, replace=True) as partial:
-        config.save_pretrained(str(partial))
-        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        digest = file_sha256(partial / "adapter_model.safetensors")
+        if peft is None:
+            weights = partial / adapter_file
+            tensors = {places.full_name(name): tensor for name, tensor in rest.items()} | of_head
+        else:
+            config, tensors = peft
+            config.task_type = None if of_head else "CAUSAL_LM"
+            if of_head:
+                config.modules_to_save = [find_architecture(model.config).head]
+            config.base_model_name_or_path = str(description["base_model"])
+            config.inference_mode = True
+            config.save_pretrained(str(partial))
+            weights = partial / "adapter_model.safetensors"
+            tensors = {f"base_model.model.{name}": tensor for name, tensor in (tensors | of_head).items()}
+        save_file({n: t.float().cpu().contiguous() for n, t in tensors.items()}, weights, metadata={"format": "pt"})
+        digest = file_sha256(weights)
         (partial / "adapter.json").write_text(json.dumps({**description, "sha256": digest}, indent=2) + "\n")
     return digest
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +16,7 @@ from ot_federated.bundle import Manifest, read_tensors
 from ot_federated.cache import file_sha256
 from ot_federated.config import RunConfig
 from ot_federated.devices import choose_device, choose_dtype
+from ot_federated.emulated_model import load_emulated_model
 from ot_federated.errors import ConfigError, DataError
 from ot_federated.label_words import parse_label_words
 from ot_federated.logs import logger
@@ -22,7 +24,9 @@ from ot_federated.model_owner.evaluation import choose_rows
 from ot_federated.model_owner.full_model import load_full_model, model_fingerprint
 from ot_federated.model_owner.harness import check_harness, parse_tasks
 from ot_federated.model_owner.head_start import fit_head, has_untrained_head
-from ot_federated.model_owner.preparation import prepare_bundle
+from ot_federated.model_owner.plug_in import plugged_in
+from ot_federated.model_owner.preparation import prepare_bundle, prepare_windows
+from ot_federated.model_owner.realignment import Realignment, refit_bridges
 from ot_federated.package_assets import is_package_source
 from ot_federated.processors import set_image_size
 from ot_federated.reporting.run_directory import RunDirectory
@@ -32,7 +36,17 @@ from ot_federated.tasks.image_classification import ImageClassification
 from ot_federated.tasks.labels import list_classes
 from ot_federated.tasks.losses import num_public_tokens
 from ot_federated.tasks.registry import build_configured_task, build_task, task_fields
-from ot_federated.tuning import Tuning, build_tuning, merge, uses_conv1d
+from ot_federated.tuning import (
+    Tuning,
+    build_tuning,
+    check_family,
+    full_places,
+    is_mergeable,
+    merge,
+    prepare_tuning,
+    tuned_unmerged,
+    uses_conv1d,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,6 +73,7 @@ class Owner:
     test: Sequence[Row]
     rows: dict[str, Score | None] = field(default_factory=dict)
     harness: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    realignment: Realignment | None = None
 
     @property
     def tuning(self) -> Tuning:
@@ -66,9 +81,28 @@ class Owner:
         return build_tuning(self.config)
 
     def whole_adapter(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the adapter's whole weights, in fp32, for the state that the clients train."""
+        """Return the adapter's whole weights, in fp32, for a state that can be merged."""
         base = read_tensors(self.bundle / "adapter.safetensors")
         return merge(state, base, self.tuning, conv1d=uses_conv1d(self.model))
+
+    @contextmanager
+    def plugged_in(self, state: Mapping[str, torch.Tensor]) -> Iterator[PreTrainedModel]:
+        """Plug a state into the full model, merged where it can be, for the length of a ``with`` block."""
+        stack, tuning = self.manifest.stack, self.tuning
+        if is_mergeable(tuning):
+            with plugged_in(self.model, self.whole_adapter(state), stack, placement=tuning.placement) as model:
+                yield model
+        else:
+            with tuned_unmerged(full_places(self.model, stack, tuning), state, tuning) as model:
+                yield model
+
+    def load_tuned_emulator(self, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+        """Return the emulated model with a state in it, unmerged as clients train it."""
+        bundle, manifest = self.realignment.latest if self.realignment else (self.bundle, self.manifest)
+        model = load_emulated_model(bundle, manifest, device=self.device)
+        for name, parameter in prepare_tuning(model, self.manifest, self.tuning).items():
+            parameter.data = state[name].to(parameter, copy=True)
+        return model
 
 
 def prepare(config: RunConfig, run: RunDirectory) -> Owner:
@@ -99,6 +133,26 @@ def prepare(config: RunConfig, run: RunDirectory) -> Owner:
     )
 
 
+def build_realignment(owner: Owner, *, last_round: int) -> Realignment:
+    """Return the versions of the bundle of a run that goes on after ``last_round``."""
+    config = owner.config
+
+    def refit(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        parts = Parts(model, owner.processor, owner.task, owner.device, owner.dtype)
+        num_tokens = config.offsite.calibration_tokens
+        windows = prepare_windows(model, owner.processor, read_public(config, parts), num_tokens=num_tokens)
+        return refit_bridges(model, owner.manifest, windows, ridge=config.offsite.bridge_ridge)
+
+    return Realignment(
+        owner.run.path / "realigned",
+        base=(owner.bundle, owner.manifest),
+        every_rounds=config.offsite.realign_every_rounds,
+        refit=refit,
+        plugged_in=owner.plugged_in,
+        last_round=last_round,
+    )
+
+
 @dataclass(frozen=True)
 class Parts:
     """The full model, its head fitted, and what goes with it."""
@@ -125,6 +179,7 @@ def load_parts(config: RunConfig) -> Parts:
         classes=classes,
     )
     check_positions(model.config, max_length=config.data.max_length)
+    check_family(model, build_tuning(config))
     if config.reads == "image" and config.data.image_size:
         architecture = find_architecture(model.config)
         set_image_size(processor, config.data.image_size, architecture=architecture, config=model.config)
@@ -246,10 +301,12 @@ def bundle_recipe(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
     data = {"columns": config.columns, "max_length": config.data.max_length, "image_size": config.data.image_size}
     if config.has_head:
         data["classes"] = choose_classes(config)
+    offsite = asdict(config.offsite)
+    del offsite["realign_every_rounds"]  # makes later versions, not the bundle
     return {
         "model": model_fingerprint(config.model.source, revision=config.model.revision),
         "dtype": str(dtype),
-        "offsite": asdict(config.offsite),
+        "offsite": offsite,
         "task": {**asdict(config.task), **data},
         "public_text": [file_sha256(path) for path in list_files(source)] if is_local_source(source) else source,
     }

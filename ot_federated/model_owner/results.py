@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from ot_federated.bundle import head_prefix, read_tensors
 from ot_federated.cache import atomic_write_text
-from ot_federated.emulated_model import load_adapter, load_emulated_model
+from ot_federated.emulated_model import load_emulated_model
 from ot_federated.logs import logger
+from ot_federated.model_owner.choosing import Chosen, describe_delivery
 from ot_federated.model_owner.client_privacy import ClientPrivacyBooks, describe_releases
-from ot_federated.model_owner.delivery import deliver_adapter, deliver_lora, deliver_model
+from ot_federated.model_owner.delivery import deliver_adapter, deliver_model, deliver_state
 from ot_federated.model_owner.evaluation import format_rows, recovery, row_names, score_with_progress
 from ot_federated.model_owner.full_fine_tuning import fine_tune_full_model
 from ot_federated.model_owner.full_model import load_full_model
 from ot_federated.model_owner.harness import harness_version, parse_tasks, score_by_harness
 from ot_federated.model_owner.owner import Owner
-from ot_federated.model_owner.plug_in import full_model_names, plugged_in
+from ot_federated.model_owner.plug_in import full_model_names
 from ot_federated.model_owner.splitting import describe_split, package_versions
 from ot_federated.reporting.model_card import describe_privacy as describe_guarantee
 from ot_federated.reporting.model_card import render_model_card
@@ -26,6 +27,7 @@ from ot_federated.reporting.plots import plot_rounds
 from ot_federated.sources import draw_rows, load_table
 from ot_federated.tasks.base import Score
 from ot_federated.training import StepReport, build_optimizer_settings
+from ot_federated.tuning import is_mergeable
 
 if TYPE_CHECKING:
     import torch
@@ -46,14 +48,13 @@ def score_start(owner: Owner) -> None:
         say(line)
 
 
-def score_end(owner: Owner, adapter: dict[str, torch.Tensor]) -> None:
+def score_end(owner: Owner, state: dict[str, torch.Tensor]) -> None:
     """Score the plug-in and the tuned emulator on the test data."""
     say("scoring after tuning: %d test examples", len(owner.test))
-    with plugged_in(owner.model, adapter, owner.manifest.stack, placement=owner.config.tuning.placement) as model:
+    with owner.plugged_in(state) as model:
         owner.rows["plug_in"] = score_with_progress(owner.task, model, owner.test, title="plug-in")
         add_harness_row(owner, "plug_in", model)
-    emulated = load_emulated_model(owner.bundle, owner.manifest, device=owner.device)
-    load_adapter(emulated, adapter, owner.manifest)
+    emulated = owner.load_tuned_emulator(state)
     owner.rows["emulator_fine_tuned"] = score_with_progress(
         owner.task, emulated, owner.test, title="emulator fine-tuned"
     )
@@ -123,46 +124,19 @@ def report_every(num_steps: int) -> Callable[[StepReport], None]:
     return report
 
 
-def finish(
-    owner: Owner, state: dict[str, torch.Tensor], *, setup_seconds: float, total_seconds: Callable[[], float]
-) -> None:
+def finish(owner: Owner, chosen: Chosen, *, setup_seconds: float, total_seconds: Callable[[], float]) -> None:
     """Write adapter, model, plot and summary, and show the result."""
-    config, run, stack = owner.config, owner.run, owner.manifest.stack
-    adapter = owner.whole_adapter(state)
+    config, run, merged = owner.config, owner.run, is_mergeable(owner.tuning)
     rounds = [line for line in run.read_metrics() if line.get("round", 0) > 0]
-    description = {
-        "base_model": config.model.source,
-        "bundle_digest": owner.manifest.digest,
-        "stack": [asdict(e) for e in stack],
-    }
-    if owner.tuning.method == "lora":
-        digest = deliver_lora(
-            run.path / "adapter",
-            model=owner.model,
-            state=state,
-            stack=stack,
-            tuning=owner.tuning,
-            description=description,
-        )
-    else:
-        digest = deliver_adapter(
-            run.path / "adapter", model=owner.model, adapter=adapter, stack=stack, description=description
-        )
-    deliver_model(
-        run.path / "model",
-        model=owner.model,
-        tokenizer=owner.processor,
-        adapter=adapter,
-        stack=stack,
-        placement=config.tuning.placement,
-    )
+    digest = deliver(owner, chosen.state)
     plot_rounds(run.read_metrics(), run.path / "rounds.png", title=f"{config.model.source}, {config.data.train}")
 
     def sum_up() -> dict[str, Any]:
         summary = summarise(owner, rounds, adapter_digest=digest, setup_seconds=setup_seconds)
+        summary["delivered"] = describe_delivery(chosen)
         summary["seconds"]["total"] = round(total_seconds(), 1)
-        card = render_model_card(summary, table="\n".join(format_rows(owner.rows)))
-        atomic_write_text(run.path / "model" / "README.md", card)
+        card = render_model_card(summary, table="\n".join(format_rows(owner.rows)), merged=merged)
+        atomic_write_text(run.path / ("model" if merged else "adapter") / "README.md", card)
         run.write_json("summary.json", summary)
         return summary
 
@@ -181,7 +155,39 @@ def finish(
         say("privacy: %s", describe_guarantee(summary["privacy"]))
     if summary["federation"]["failed_clients"]:
         logger.warning(describe_failures(summary["federation"]))
-    say("adapter %s  model %s", digest[:16], run.path / "model")
+    if merged:
+        say("adapter %s  model %s", digest[:16], run.path / "model")
+    else:
+        say("adapter %s in %s; README.md there says how to load it", digest[:16], run.path / "adapter")
+
+
+def deliver(owner: Owner, state: dict[str, torch.Tensor]) -> str:
+    """Write the adapter and, where it can be merged, the plugged-in model; return the adapter's SHA-256."""
+    run, stack, tuning = owner.run, owner.manifest.stack, owner.tuning
+    description = {
+        "base_model": owner.config.model.source,
+        "bundle_digest": owner.manifest.digest,
+        "stack": [asdict(entry) for entry in stack],
+        "tuning_method": tuning.method,
+    }
+    target = run.path / "adapter"
+    if tuning.method in ("full", "bitfit"):
+        adapter = owner.whole_adapter(state)
+        digest = deliver_adapter(target, model=owner.model, adapter=adapter, stack=stack, description=description)
+    else:
+        digest = deliver_state(
+            target, model=owner.model, state=state, stack=stack, tuning=tuning, description=description
+        )
+    if is_mergeable(tuning):
+        deliver_model(
+            run.path / "model",
+            model=owner.model,
+            tokenizer=owner.processor,
+            adapter=owner.whole_adapter(state),
+            stack=stack,
+            placement=tuning.placement,
+        )
+    return digest
 
 
 def describe_privacy(owner: Owner, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -283,6 +289,7 @@ def summarise(
         },
         "bytes": {
             "bundle_per_client": owner.manifest.num_bytes,
+            "realignment_per_client": owner.realignment.num_bytes if owner.realignment else 0,
             "update_per_client_round": round(update_bytes),
             "wire_to_clients": sum(int(line.get("wire_bytes_to_clients", 0)) for line in rounds),
             "wire_to_server": sum(int(line.get("wire_bytes_to_server", 0)) for line in rounds),

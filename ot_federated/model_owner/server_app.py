@@ -19,10 +19,10 @@ from ot_federated.emulated_model import load_emulated_model
 from ot_federated.errors import CheckpointError, OtFederatedError
 from ot_federated.logs import log_fields, logger, show_lines
 from ot_federated.model_owner.checkpoints import load_latest_checkpoint, save_checkpoint
+from ot_federated.model_owner.choosing import choose_delivery, choose_step, forget_best_after, note_round
 from ot_federated.model_owner.client_privacy import ClientPrivacyBooks, ClientRelease
 from ot_federated.model_owner.evaluation import score_with_progress
-from ot_federated.model_owner.owner import Owner, prepare
-from ot_federated.model_owner.plug_in import plugged_in
+from ot_federated.model_owner.owner import Owner, build_realignment, prepare
 from ot_federated.model_owner.results import finish, score_end, score_start
 from ot_federated.reporting.prometheus import serve_metrics
 from ot_federated.reporting.run_directory import RunDirectory, failure_file, summary_file
@@ -30,6 +30,7 @@ from ot_federated.tuning import prepare_tuning, start_state
 from strategies.aggregators import Aggregator, aggregator_state, build_aggregator, restore_aggregator
 from strategies.client_level_privacy import describe_noise, protect_clients
 from strategies.conversation import BundleSource
+from strategies.lora_aggregation import StackedLora, stack_products
 from strategies.offsite_tuning import OffsiteTuning
 from strategies.replies import RoundRecord, record_tensors, tensors_record
 from strategies.secure_aggregation import choose_range
@@ -92,11 +93,14 @@ def run_federation(grid: Grid, config: RunConfig, run: RunDirectory) -> None:
         first_arrays,
         num_rounds=config.num_server_rounds,
         timeout=config.strategy.round_timeout_seconds,
-        evaluate_fn=lambda server_round, arrays: evaluate_round(owner, server_round, arrays),
+        evaluate_fn=lambda server_round, arrays: evaluate_round(
+            owner, server_round, owner_state(arrays, strategy.aggregator)
+        ),
     )
-    state = record_tensors(result.arrays)
-    score_end(owner, owner.whole_adapter(state))
-    finish(owner, state, setup_seconds=setup_seconds, total_seconds=lambda: time.monotonic() - began)
+    state = owner_state(result.arrays, strategy.aggregator)
+    chosen = choose_delivery(owner, state, start=strategy.reference)
+    score_end(owner, chosen.state)
+    finish(owner, chosen, setup_seconds=setup_seconds, total_seconds=lambda: time.monotonic() - began)
 
 
 def build_strategy(owner: Owner) -> tuple[OffsiteTuning, ArrayRecord]:
@@ -111,6 +115,7 @@ def build_strategy(owner: Owner) -> tuple[OffsiteTuning, ArrayRecord]:
         num_nodes_to_select=settings.num_nodes_to_select,
         trim_fraction=settings.trim_fraction,
     )
+    aggregator = stack_products(aggregator, aggregation=config.tuning.lora_aggregation)
     parameters = prepare_tuning(load_emulated_model(owner.bundle, owner.manifest), owner.manifest, owner.tuning)
     reference = start_state(parameters, read_tensors(owner.bundle / "adapter.safetensors"), owner.tuning)
     adapter, last_round = reference, 0
@@ -131,6 +136,8 @@ def build_strategy(owner: Owner) -> tuple[OffsiteTuning, ArrayRecord]:
         restore_aggregator(aggregator.strategy, checkpoint.aggregator)
         say("continuing after round %d", last_round)
     owner.run.forget_rounds_after(last_round)
+    forget_best_after(owner, last_round)
+    owner.realignment = realignment = build_realignment(owner, last_round=last_round)
 
     def save_round(arrays: ArrayRecord, record: RoundRecord) -> None:
         # The line first: a run that is continued drops lines beyond its checkpoint, but cannot make up missing ones.
@@ -143,6 +150,14 @@ def build_strategy(owner: Owner) -> tuple[OffsiteTuning, ArrayRecord]:
             adapter=record_tensors(arrays),
             aggregator=aggregator_state(aggregator.strategy),
         )
+
+    def choose_source(server_round: int, arrays: ArrayRecord) -> BundleSource:
+        directory, manifest = realignment.version_for(server_round, record_tensors(arrays))
+        return BundleSource(directory, manifest, settings.shard_bytes, realignment.earlier(manifest))
+
+    def scale_update(before: ArrayRecord, after: ArrayRecord) -> tuple[ArrayRecord, float]:
+        state, alpha = choose_step(owner, record_tensors(before), record_tensors(after))
+        return tensors_record(state), alpha
 
     strategy = OffsiteTuning(
         aggregator=aggregator,
@@ -162,6 +177,8 @@ def build_strategy(owner: Owner) -> tuple[OffsiteTuning, ArrayRecord]:
         first_round=last_round + 1,
         on_progress=say,
         on_round=save_round,
+        choose_source=choose_source,
+        scale_update=scale_update if config.evaluation.alpha_every_round else None,
     )
     return strategy, tensors_record(adapter)
 
@@ -208,15 +225,24 @@ def choose_secure_range(config: RunConfig) -> float:
     )
 
 
-def evaluate_round(owner: Owner, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+def owner_state(arrays: ArrayRecord, aggregator: Aggregator) -> dict[str, torch.Tensor]:
+    """Return what is plugged in: what travels, and what only the owner has of the round's result."""
+    state = record_tensors(arrays)
+    if isinstance(aggregator.strategy, StackedLora):
+        state |= {name: torch.from_numpy(array) for name, array in aggregator.strategy.residual_arrays().items()}
+    return state
+
+
+def evaluate_round(owner: Owner, server_round: int, state: dict[str, torch.Tensor]) -> MetricRecord | None:
     """Score the plug-in on the owner's validation data and note it in the round's metrics."""
     known = next((line for line in owner.run.read_metrics() if line.get("round") == server_round), {})
     last = server_round == owner.config.num_server_rounds
     if known.get("plug_in") or (server_round % owner.config.evaluation.every_rounds and not last):
         return None
-    adapter, placement = owner.whole_adapter(record_tensors(arrays)), owner.config.tuning.placement
-    with plugged_in(owner.model, adapter, owner.manifest.stack, placement=placement) as model:
+    with owner.plugged_in(state) as model:
         score = score_with_progress(owner.task, model, owner.validation, title=f"round {server_round}")
+    # First the state: a round whose line has a score is not scored again.
+    note_round(owner, state, server_round=server_round, loss=score.loss)
     owner.run.append_metrics({"round": server_round, **known, "plug_in": score.to_dict()})
     accuracy = "" if score.accuracy is None else f"  accuracy {score.accuracy:.1%}"
     say(

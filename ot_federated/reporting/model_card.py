@@ -25,12 +25,24 @@ def describe_privacy(privacy: Mapping[str, Any] | None) -> str:
     )
 
 
-def render_model_card(summary: Mapping[str, Any], *, table: str) -> str:
-    """Return the ``README.md`` of a delivered model.
+_use_model = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_DIRECTORY")
+tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_DIRECTORY")"""
+_use_adapter = """from transformers import AutoModelForCausalLM
+from ot_federated.tuning import load_bottlenecks
+
+# Bottleneck adapters are no change of weights: there is no merged model, they are put into the full one.
+model = load_bottlenecks(AutoModelForCausalLM.from_pretrained("THE_FULL_MODEL"), "PATH_OF_THIS_DIRECTORY")"""
+
+
+def render_model_card(summary: Mapping[str, Any], *, table: str, merged: bool = True) -> str:
+    """Return the ``README.md`` of a delivered model, or of an adapter that cannot be merged into one.
 
     Args:
         summary: The run's summary.
         table: The table of rows, as text.
+        merged: Whether the directory holds the plugged-in model; else it holds bottleneck adapters.
     """
     offsite, federation, source = summary["offsite"], summary["federation"], summary["model"]["source"]
     release = f"ot-federated {summary['versions']['ot-federated']}"
@@ -77,9 +89,6 @@ Made by:
 ## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_DIRECTORY")
-tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_DIRECTORY")
+{_use_model if merged else _use_adapter}
 ```
 """

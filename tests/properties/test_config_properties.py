@@ -37,6 +37,12 @@ def values_of(key: Key) -> st.SearchStrategy[Any]:
 # These can contradict each other; unit/test_config.py shows that they are then refused.
 contradictory = {
     "tuning.placement",
+    "tuning.method",
+    "offsite.realign-every-rounds",
+    "offsite.gaps",
+    "evaluation.alphas",
+    "evaluation.alpha-every-round",
+    "tuning.lora-aggregation",
     "data.partitioner",
     "offsite.bottom-blocks",
     "privacy.mode",

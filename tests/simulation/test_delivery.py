@@ -131,7 +131,7 @@ def test_summary_has_exactly_the_keys_of_the_interface(delivered: Federation) ->
     assert summary.keys() == {
         *("scenario", "command", "versions", "device", "seed", "model", "offsite", "rows", "recovery"),
         *("federation", "bytes", "seconds", "privacy"),
-        *("dtype", "adapter_sha256"),  # beyond the interface
+        *("dtype", "adapter_sha256", "delivered"),  # beyond the interface
     }
     assert summary["model"].keys() == {"source", "num_parameters", "num_blocks"}
     assert summary["offsite"].keys() == {
@@ -155,7 +155,8 @@ def test_summary_has_exactly_the_keys_of_the_interface(delivered: Federation) ->
         "failed_clients",
     }
     assert summary["bytes"].keys() == {
-        *("bundle_per_client", "update_per_client_round", "full_model", "wire_to_clients", "wire_to_server")
+        *("bundle_per_client", "update_per_client_round", "full_model", "wire_to_clients", "wire_to_server"),
+        "realignment_per_client",  # beyond the interface
     }
     assert summary["seconds"].keys() == {"total", "setup", "rounds"}
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ot_federated.bundle import Manifest, manifest_name
-from ot_federated.bundle_shards import count_shards, read_shard
+from ot_federated.bundle import Manifest, describe_files, manifest_name
+from ot_federated.bundle_shards import changed_part, count_shards, read_shard
 from ot_federated.data_owner.bundle_cache import BundleCache, check_digest, max_shard_bytes
 from ot_federated.errors import BundleError, OtFederatedError
 from tests.bundles import write_random_bundle
@@ -258,3 +259,65 @@ def test_root_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.delenv("OT_FEDERATED_BUNDLE_CACHE")
     monkeypatch.setenv("OT_FEDERATED_CACHE", str(tmp_path / "shared"))
     assert BundleCache().root == tmp_path / "shared" / "received-bundles"
+
+
+class Change:
+    """A later version of a bundle: all its files, and one more of 1500 bytes, in two shards."""
+
+    def __init__(self, base: Sender, directory: Path) -> None:
+        shutil.copytree(base.directory, directory)
+        (directory / "realignment.safetensors").write_bytes(bytes(range(250)) * 6)
+        self.directory, self.base = directory, base
+        self.manifest = replace(base.manifest, files=describe_files(directory))
+        (directory / manifest_name).write_bytes(self.manifest.to_bytes())
+        self.digest = self.manifest.digest
+        self.part = changed_part(self.manifest, base.manifest)
+
+    def announce_to(self, cache: BundleCache) -> list[int]:
+        base = cache.find_base(["0" * 64, self.base.digest])
+        assert base == self.base.digest
+        return cache.announce(self.digest, self.manifest.to_bytes(), shard_bytes=shard_bytes, base=base)
+
+    def send(self, cache: BundleCache, index: int, *, data: bytes | None = None) -> list[int]:
+        data = read_shard(self.directory, self.part, index, shard_bytes=shard_bytes) if data is None else data
+        sha256 = hashlib.sha256(data).hexdigest()
+        return cache.receive(self.digest, index, [data], shard_bytes=shard_bytes, sha256=sha256, base=self.base.digest)
+
+
+def fill(cache: BundleCache, sender: Sender) -> None:
+    for index in sender.announce_to(cache):
+        sender.send(cache, index)
+
+
+def test_of_a_later_version_only_the_change_is_received(sender: Sender, root: Path, tmp_path: Path) -> None:
+    cache, change = BundleCache(root), Change(sender, tmp_path / "change")
+    assert cache.find_base([sender.digest]) == ""
+    fill(cache, sender)
+    assert change.announce_to(cache) == [0, 1]
+    assert change.send(cache, 1) == [0]
+    assert change.announce_to(BundleCache(root)) == [0]  # a process later
+    assert change.send(cache, 0) == []
+    found = cache.find(change.digest)
+    assert found is not None
+    assert {path.name for path in found.iterdir()} == {path.name for path in change.directory.iterdir()}
+    assert all(path.read_bytes() == (found / path.name).read_bytes() for path in change.directory.iterdir())
+    assert_same_content(root / sender.digest, sender)
+
+
+def test_a_change_that_was_altered_or_whose_base_is_gone_is_refused(sender: Sender, root: Path, tmp_path: Path) -> None:
+    cache, change = BundleCache(root), Change(sender, tmp_path / "change")
+    fill(cache, sender)
+    change.announce_to(cache)
+    change.send(cache, 0)
+    with pytest.raises(BundleError, match="does not have the digest"):
+        change.send(cache, 1, data=bytes(476))
+    assert cache.find(change.digest) is None
+    change.announce_to(cache)
+    shutil.rmtree(root / sender.digest)
+    with pytest.raises(BundleError, match="is gone: ask for all of it"):
+        change.send(cache, 0)
+    # Without its base all of it is received.
+    for index in cache.announce(change.digest, change.manifest.to_bytes(), shard_bytes=shard_bytes):
+        data = read_shard(change.directory, change.manifest, index, shard_bytes=shard_bytes)
+        cache.receive(change.digest, index, [data], shard_bytes=shard_bytes, sha256=hashlib.sha256(data).hexdigest())
+    assert cache.find(change.digest) is not None

@@ -145,3 +145,10 @@ def test_configs_cannot_be_changed() -> None:
 def test_the_harness_needs_a_language_model() -> None:
     with pytest.raises(ConfigError, match="harness-tasks='piqa' needs a language model"):
         parse_run_config({"evaluation.harness-tasks": "piqa", "task.name": "image-classification"})
+
+
+def test_ia3_with_an_engine_of_opacus_is_refused() -> None:
+    private = {"tuning.method": "ia3", "privacy.mode": "example"}
+    with pytest.raises(ConfigError, match=r"ia3.*privacy\.engine='hooks'.*Set privacy\.engine='loop'"):
+        parse_run_config(private)
+    assert parse_run_config(private | {"privacy.engine": "loop"}).tuning.method == "ia3"

@@ -288,3 +288,16 @@ def test_content_carries_version_arrays_and_metrics() -> None:
     assert dict(content.config_records[config_key]) == {"wire-version": wire_version, "a": 1}
     assert content.array_records[arrays_key].keys() == weights.keys()
     assert dict(content.metric_records["metrics"]) == {"loss": 0.5}
+
+
+def test_a_client_has_only_the_bases_it_was_asked_for() -> None:
+    base = "ab" * 32
+    reply = hello_reply(**{"missing-shards": [0], "base-digest": base})
+    assert parse_hello(reply, num_shards=9, num_changed_shards={base: 1}).base == base
+    with pytest.raises(ProtocolError, match="not asked for"):
+        parse_hello(reply, num_shards=9)
+    # The shards are those of the change, of which there are fewer.
+    with pytest.raises(ProtocolError, match=r"lacks shards \[1\] of 1"):
+        parse_hello(
+            hello_reply(**{"missing-shards": [1], "base-digest": base}), num_shards=9, num_changed_shards={base: 1}
+        )
