@@ -236,8 +236,15 @@ class Node(Party):
         return next((line.split()[-1] for line in lines if "SuperNode ID:" in line), "")
 
     def client_apps(self) -> list[psutil.Process]:
-        """Return the processes that answer a message at this moment."""
-        return self.family("flwr-clientapp")
+        """Return the processes that answer a message at this moment: forks of the warm process, or new ones."""
+        found = []
+        for process in self.family():
+            with contextlib.suppress(psutil.Error):
+                parent, words = process.parent(), process.cmdline()
+                forked = parent is not None and "serve" in parent.cmdline() and "serve" in words
+                cold = any(word.endswith("/flwr-clientapp") for word in words) and "run" not in words
+                found += [process] if forked or cold else []
+        return found
 
 
 @dataclass

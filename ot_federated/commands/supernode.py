@@ -19,6 +19,9 @@ def add_commands(subparsers: Subparsers) -> None:
         allow_abbrev=False,
     )
     supernode.add_argument("--approved", type=Path, metavar="FILE", help="the list (default: $OT_FEDERATED_APPROVED)")
+    supernode.add_argument(
+        "--cold", action="store_true", help="a new Python for each message, as Flower does it: slower, less memory"
+    )
     supernode.set_defaults(run=run_node, rest=[])
 
 
@@ -27,5 +30,5 @@ def run_node(parsed: argparse.Namespace) -> int:
     from ot_federated.data_owner.approved_code import ApprovedCode
     from ot_federated.data_owner.approved_supernode import run_supernode
 
-    run_supernode(parsed.rest, ApprovedCode(parsed.approved))
+    run_supernode(parsed.rest, ApprovedCode(parsed.approved), warm=not parsed.cold)
     return 0

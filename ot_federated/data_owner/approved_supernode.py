@@ -26,13 +26,15 @@ import importlib
 import importlib.metadata
 import inspect
 import os
+import shlex
 import shutil
 import socket
+import subprocess
 import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 from flwr.supernode.nodestate.nodestate_factory import NodeStateFactory
 
 from ot_federated.cache import state_root
+from ot_federated.data_owner import warm_start
 from ot_federated.data_owner.app_bundle import AppBundleError, max_bundle_bytes
 from ot_federated.data_owner.approved_code import ApprovalError, ApprovedCode
 from ot_federated.data_owner.audit_trail import Content, Entry, append_entry, choose_trail
@@ -56,6 +59,7 @@ _command: Any = importlib.import_module("flwr.supernode.cli.flower_supernode")
 _worker: Any = importlib.import_module("flwr.supernode.start_client_internal")
 
 invalid_fab_code = 7
+client_app_command = "flwr-clientapp"
 _pull_parameters = {
     *("state", "object_store", "node_config", "receive", "get_run", "get_fab", "pull_object"),
     *("confirm_message_received", "trusted_entities"),
@@ -66,12 +70,14 @@ class RefusedCodeError(OtFederatedError):
     """A run's app bundle is not approved."""
 
 
-def run_supernode(arguments: Sequence[str], approved: ApprovedCode) -> None:
+def run_supernode(arguments: Sequence[str], approved: ApprovedCode, *, warm: bool = True) -> None:
     """Run Flower's SuperNode with the arguments of ``flower-supernode`` until it is stopped.
 
     Args:
         arguments: Options of ``flower-supernode``.
         approved: What may run.
+        warm: Whether messages are answered by forks of a process that has imported what they need:
+            :mod:`ot_federated.data_owner.warm_start`.
 
     Raises:
         ConfigError: If an option would bring in code that nobody approved.
@@ -95,7 +101,8 @@ def run_supernode(arguments: Sequence[str], approved: ApprovedCode) -> None:
             # The SuperNode starts further commands by name: those of this installation.
             "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]),
         }
-        _command.flower_supernode()
+        with serve_warm_starts(home) if warm else nullcontext():
+            _command.flower_supernode()
 
 
 def check_options(arguments: Sequence[str]) -> None:
@@ -270,6 +277,29 @@ class ApprovedStateFactory(NodeStateFactory):
         state = ApprovedNodeState(objectstore_factory.store())
         state.approved = approved
         self.state_instance = state
+
+
+@contextmanager
+def serve_warm_starts(home: Path) -> Iterator[None]:
+    """Put a stand-in for ``flwr-clientapp`` before Flower's own, and keep the process that it has forked.
+
+    Args:
+        home: A directory that only this user can enter: whoever reaches the socket in it has code run.
+    """
+    commands = home / "warm"
+    commands.mkdir()
+    script = commands / client_app_command
+    cold = str(Path(sysconfig.get_path("scripts")) / client_app_command)
+    words = [sys.executable, "-IS", warm_start.__file__, "run", str(home), cold]
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+    script.chmod(0o700)
+    os.environ["PATH"] = os.pathsep.join([str(commands), os.environ["PATH"]])
+    server = subprocess.Popen([sys.executable, "-P", warm_start.__file__, "serve"], cwd=home, stdin=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        server.terminate()
+        server.wait()
 
 
 @contextmanager
