@@ -32,6 +32,21 @@ code_fields = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlockLayers:
+    """Where a block keeps its linear layers: what is needed to make it smaller.
+
+    Attributes:
+        ffn_in: Paths, within a block, of the layers whose outputs are the FFN's neurons.
+        ffn_out: Paths of the layers whose inputs are the FFN's neurons.
+        attention: Paths of the attention's linear layers.
+    """
+
+    ffn_in: tuple[str, ...] = ()
+    ffn_out: tuple[str, ...] = ()
+    attention: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """The layout of one model family.
 
@@ -49,6 +64,7 @@ class Architecture:
         unsupported: Config fields that make a block depend on its index, with the value that does no harm.
         sublayer_outputs: Names, inside a block, of the projections that end attention and the feed-forward part:
             bottleneck adapters stand behind them.
+        layers: Where a block keeps its linear layers; empty where blocks are only kept or dropped.
     """
 
     family: str
@@ -63,6 +79,7 @@ class Architecture:
     dropped_fields: tuple[str, ...] = ()
     unsupported: tuple[tuple[str, object], ...] = ()
     sublayer_outputs: tuple[str, ...] = ()
+    layers: BlockLayers = BlockLayers()
 
 
 _table: dict[str, Architecture] = {}
@@ -79,9 +96,19 @@ def list_architectures() -> dict[str, Architecture]:
     return dict(_table)
 
 
+_gated = BlockLayers(
+    ffn_in=("mlp.gate_proj", "mlp.up_proj"),
+    ffn_out=("mlp.down_proj",),
+    attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+)
+
 for _architecture in (
     Architecture(
-        family="LLaMA", model_types=("llama",), blocks="model.layers", sublayer_outputs=("o_proj", "down_proj")
+        family="LLaMA",
+        model_types=("llama",),
+        blocks="model.layers",
+        layers=_gated,
+        sublayer_outputs=("o_proj", "down_proj"),
     ),
     Architecture(
         family="Mistral",
@@ -89,6 +116,7 @@ for _architecture in (
         blocks="model.layers",
         per_block_fields=("layer_types",),
         sublayer_outputs=("o_proj", "down_proj"),
+        layers=_gated,
     ),
     Architecture(
         family="Qwen",
@@ -96,6 +124,7 @@ for _architecture in (
         blocks="model.layers",
         per_block_fields=("layer_types",),
         sublayer_outputs=("o_proj", "down_proj"),
+        layers=_gated,
     ),
     Architecture(
         family="Gemma",
@@ -103,9 +132,18 @@ for _architecture in (
         blocks="model.layers",
         per_block_fields=("layer_types",),
         sublayer_outputs=("o_proj", "down_proj"),
+        layers=_gated,
     ),
     Architecture(
-        family="OPT", model_types=("opt",), blocks="model.decoder.layers", sublayer_outputs=("out_proj", "fc2")
+        family="OPT",
+        model_types=("opt",),
+        blocks="model.decoder.layers",
+        layers=BlockLayers(
+            ffn_in=("fc1",),
+            ffn_out=("fc2",),
+            attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
+        ),
+        sublayer_outputs=("out_proj", "fc2"),
     ),
     Architecture(
         family="GPT-2",
@@ -114,6 +152,7 @@ for _architecture in (
         # With this switch a block divides its attention by its own index, which changes when blocks are dropped.
         unsupported=(("scale_attn_by_inverse_layer_idx", False),),
         sublayer_outputs=("attn.c_proj", "mlp.c_proj"),
+        layers=BlockLayers(ffn_in=("mlp.c_fc",), ffn_out=("mlp.c_proj",), attention=("attn.c_attn", "attn.c_proj")),
     ),
     Architecture(
         family="BLOOM",
@@ -121,12 +160,22 @@ for _architecture in (
         blocks="transformer.h",
         block_returns_tuple=True,
         sublayer_outputs=("dense", "dense_4h_to_h"),
+        layers=BlockLayers(
+            ffn_in=("mlp.dense_h_to_4h",),
+            ffn_out=("mlp.dense_4h_to_h",),
+            attention=("self_attention.query_key_value", "self_attention.dense"),
+        ),
     ),
     Architecture(
         family="GPT-NeoX",
         model_types=("gpt_neox",),
         blocks="gpt_neox.layers",
         sublayer_outputs=("dense", "dense_4h_to_h"),
+        layers=BlockLayers(
+            ffn_in=("mlp.dense_h_to_4h",),
+            ffn_out=("mlp.dense_4h_to_h",),
+            attention=("attention.query_key_value", "attention.dense"),
+        ),
     ),
     *(
         Architecture(

@@ -4,7 +4,8 @@ A directory of safetensors (tensors) and JSON (structure)::
 
     manifest.json         format, split, kept blocks, file digests, versions
     adapter.safetensors   bottom.I.* and top.I.*: the blocks that train; head.*: a classification head, which trains
-    emulator.safetensors  emulator.I.* (kept middle blocks) and bridge.I.* (what stands in for the others)
+    emulator.safetensors  emulator.I.* (kept middle blocks) and bridge.I.* (what stands in for the others), packed
+                          where the manifest says so
     frozen.safetensors    embeddings, final norm, language-model head, under their own names
     tokenizer.json ...    the tokenizer's files, or preprocessor_config.json for images
     realignment.safetensors   in a later version of a bundle: the emulator's tensors that are others than before
@@ -17,11 +18,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ot_federated.architectures import code_fields, config_parts
 from ot_federated.cache import file_sha256
@@ -30,7 +32,7 @@ from ot_federated.errors import BundleError
 if TYPE_CHECKING:
     import torch
 
-format_version = 1
+format_version = 2
 manifest_name = "manifest.json"
 max_manifest_bytes = 4 * 2**20
 realignment_file = "realignment.safetensors"
@@ -39,7 +41,8 @@ weight_files = ("adapter.safetensors", "emulator.safetensors", "frozen.safetenso
 # Tensor names of a classification head begin with it.
 head_prefix = "head."
 
-Role = Literal["bottom", "emulator", "bridge", "top"]
+Role = Literal["bottom", "emulator", "bridge", "share", "top"]
+packed_forms = ("sparse", "int8", "int4", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,22 @@ class StackEntry:
     """One position in the emulated block stack.
 
     Attributes:
-        role: What stands there. ``bottom`` and ``top`` are the adapter.
-        index: Its number within the role; with it the tensor names begin: ``top.0.mlp.up_proj.weight``.
+        role: What stands there. ``bottom`` and ``top`` are the adapter. ``emulator`` is a kept middle block, ``bridge``
+            a small stand-in for dropped ones, ``share`` a kept block that runs once more in a dropped one's place.
+        index: Its number within the role; with it the tensor names begin: ``top.0.mlp.up_proj.weight``. A ``share``
+            has the number of the kept block whose weights it runs with, and no tensors of its own.
         first_block: First block of the full model that it stands for.
         last_block: Last block of the full model that it stands for (equal to ``first_block`` except for bridges).
+        width: Neurons of a kept block's FFN, where they are fewer than the full model's, or of a bridge's bottleneck.
+        rank: Rank of a kept block's attention layers, or of a bridge's matrix; 0 for whole ones.
     """
 
     role: Role
     index: int
     first_block: int
     last_block: int
+    width: int = 0
+    rank: int = 0
 
     @property
     def prefix(self) -> str:
@@ -71,6 +80,21 @@ class BundleFile:
     name: str
     num_bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A tensor that is stored in another form, see :mod:`ot_federated.packed_tensors`.
+
+    Attributes:
+        name: Its name once it is unpacked.
+        form: One of ``packed_forms``.
+        shape: Its shape once it is unpacked.
+    """
+
+    name: str
+    form: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +113,7 @@ class Manifest:
         files: Every file but the manifest.
         versions: Versions of the packages that made the bundle.
         classes: Names of what the model tells apart, in the order of its classification head; empty without one.
+        packed: The emulator's tensors that are stored in another form, in the order in which they were packed.
     """
 
     model_type: str
@@ -102,6 +127,7 @@ class Manifest:
     files: tuple[BundleFile, ...]
     versions: dict[str, str]
     classes: tuple[str, ...] = ()
+    packed: tuple[PackedTensor, ...] = ()
     format: int = format_version
 
     def to_bytes(self) -> bytes:
@@ -150,6 +176,7 @@ def parse_manifest(text: bytes, *, digest: str | None = None) -> Manifest:
         raw["stack"] = tuple(StackEntry(**entry) for entry in raw["stack"])
         raw["files"] = tuple(BundleFile(**file) for file in raw["files"])
         raw["classes"] = tuple(raw.get("classes", ()))
+        raw["packed"] = tuple(PackedTensor(p["name"], p["form"], tuple(p["shape"])) for p in raw["packed"])
         manifest = Manifest(**raw)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BundleError(f"The manifest cannot be read ({type(error).__name__}: {error}).") from error
@@ -173,13 +200,26 @@ def _check_manifest(manifest: Manifest) -> None:
     missing = [name for name in weight_files if name not in names]
     if missing:
         raise BundleError(f"The manifest lacks {', '.join(missing)}.")
-    roles = [entry.role for entry in manifest.stack]
-    if not roles or any(role not in ("bottom", "emulator", "bridge", "top") for role in roles):
+    _check_stack(manifest.stack)
+    for packed in manifest.packed:
+        sizes = packed.shape
+        if not isinstance(packed.name, str) or packed.form not in packed_forms:
+            raise BundleError(f"The manifest packs {packed.name!r} as {packed.form!r}, which nobody can unpack.")
+        if any(type(size) is not int or size < 1 for size in sizes) or not 0 < math.prod(sizes) < 2**34:
+            raise BundleError(f"The manifest gives the packed tensor {packed.name} the shape {sizes!r}.")
+
+
+def _check_stack(stack: tuple[StackEntry, ...]) -> None:
+    roles = [entry.role for entry in stack]
+    if not roles or any(role not in get_args(Role) for role in roles):
         raise BundleError(f"The manifest's stack {roles!r} is empty or has an unknown role.")
-    for entry in manifest.stack:
-        numbers = (entry.index, entry.first_block, entry.last_block)
+    kept = {entry.index for entry in stack if entry.role == "emulator"}
+    for entry in stack:
+        numbers = (entry.index, entry.first_block, entry.last_block, entry.width, entry.rank)
         if any(type(number) is not int or not 0 <= number < 2**20 for number in numbers):
             raise BundleError(f"The manifest's stack has the entry {entry!r}, whose numbers are no block indices.")
+        if entry.role == "share" and entry.index not in kept:
+            raise BundleError(f"The manifest's stack has the entry {entry!r}, which shares a block that was not kept.")
 
 
 def _check_types(manifest: Manifest) -> None:

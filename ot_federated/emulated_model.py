@@ -13,47 +13,50 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional
-from transformers import Cache
 
 from ot_federated.architectures import Architecture, block_config, choose_auto_class, find_architecture, get_blocks
-from ot_federated.bundle import Manifest, adapter_prefixes, check_config, head_prefix, read_tensors, realignment_file
+from ot_federated.bundle import (
+    Manifest,
+    adapter_prefixes,
+    check_config,
+    head_prefix,
+    read_tensors,
+    realignment_file,
+    weight_files,
+)
+from ot_federated.emulated_blocks import Bridge, reshape_block
 from ot_federated.errors import BundleError, OtFederatedError
+from ot_federated.packed_tensors import unpack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Bridge(nn.Module):
-    """A linear stand-in for a run of dropped blocks: ``h -> h + W h + b``.
-
-    It takes a block's place in the stack, so it accepts what blocks are passed beside hidden states. Of that it uses
-    the key-value cache alone: it stores empty keys at its position, because models read the number of cached tokens
-    off the first layer, or the first of each attention type.
-    """
-
-    def __init__(self, hidden_size: int, *, position: int, returns_tuple: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(hidden_size, hidden_size))
-        self.bias = nn.Parameter(torch.empty(hidden_size))
-        self.position = position
-        self.returns_tuple = returns_tuple
-
-    def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> Any:
-        """Map hidden states ``(batch, seq, hidden)`` to the same shape."""
-        # Families pass the cache under different names, GPT-2 by position.
-        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-        if cache is not None:
-            empty = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
-            cache.update(empty, empty, self.position)
-        bridged = hidden_states + functional.linear(hidden_states, self.weight, self.bias)
-        return (bridged, None) if self.returns_tuple else bridged
-
-
 def model_names(manifest: Manifest, architecture: Architecture) -> dict[str, str]:
     """Return role prefix -> prefix in the emulated model, for each position of the stack and then the head's."""
-    names = {entry.prefix: f"{architecture.blocks}.{position}." for position, entry in enumerate(manifest.stack)}
+    names = {
+        entry.prefix: f"{architecture.blocks}.{position}."
+        for position, entry in enumerate(manifest.stack)
+        if entry.role != "share"
+    }
     return names | ({head_prefix: f"{architecture.head}."} if manifest.classes else {})
+
+
+def read_bundle_tensors(directory: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
+    """Return a bundle's tensors by role name: memory-mapped, but for those that had to be unpacked.
+
+    Raises:
+        BundleError: If a file cannot be read, or a packed tensor does not fit its entry.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name in weight_files:
+        tensors.update(read_tensors(directory / name))
+    if not manifest.packed:
+        return tensors
+    dtype = getattr(torch, manifest.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise BundleError(f"The manifest's type {manifest.dtype!r} is none that weights have.")
+    return unpack(tensors, manifest.packed, dtype=dtype)
 
 
 def load_emulated_model(directory: Path, manifest: Manifest, *, device: str = "cpu") -> PreTrainedModel:
@@ -63,10 +66,7 @@ def load_emulated_model(directory: Path, manifest: Manifest, *, device: str = "c
         BundleError: If the tensors are not exactly those that the manifest's config needs.
         ArchitectureError: If the model type is not in the table.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    for name in ("adapter.safetensors", "emulator.safetensors", "frozen.safetensors"):
-        tensors.update(read_tensors(directory / name))
-    tensors.update(read_realignment(directory, manifest))
+    tensors = {**read_bundle_tensors(directory, manifest), **read_realignment(directory, manifest)}
     model = build_emulated_model(manifest, tensors)
     return model.to(device)  # type: ignore[arg-type, no-any-return]  # transformers annotates .to loosely
 
@@ -101,7 +101,11 @@ def build_emulated_model(manifest: Manifest, tensors: Mapping[str, torch.Tensor]
                         block_config(config, architecture).hidden_size,
                         position=position,
                         returns_tuple=architecture.block_returns_tuple,
+                        rank=entry.rank,
+                        width=entry.width,
                     )
+                elif entry.width or entry.rank:
+                    reshape_block(blocks[position], width=entry.width, rank=entry.rank, architecture=architecture)
     except OtFederatedError:
         raise
     except Exception as error:  # whatever transformers makes of a config that a stranger wrote
@@ -109,7 +113,8 @@ def build_emulated_model(manifest: Manifest, tensors: Mapping[str, torch.Tensor]
             f"No model can be built from the bundle's config ({type(error).__name__}: {error}). It was altered, or "
             "made by another release of transformers."
         ) from error
-    _assign(model, _rename(tensors, model_names(manifest, architecture)))
+    shared = shared_names(model, manifest)
+    _assign(model, _rename(tensors, model_names(manifest, architecture)), shared)
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
@@ -126,8 +131,21 @@ def _rename(tensors: Mapping[str, torch.Tensor], prefixes: Mapping[str, str]) ->
     return renamed
 
 
-def _assign(model: Any, state: dict[str, torch.Tensor]) -> None:
-    for target, source in tied_names(model).items():
+def shared_names(model: nn.Module, manifest: Manifest) -> dict[str, str]:
+    """Return the parameters of blocks that run with a kept block's weights, alias -> source."""
+    architecture = find_architecture(model.config)
+    prefixes = model_names(manifest, architecture)
+    blocks = get_blocks(model, architecture)
+    return {
+        f"{architecture.blocks}.{position}.{name}": prefixes[f"emulator.{entry.index}."] + name
+        for position, entry in enumerate(manifest.stack)
+        if entry.role == "share"
+        for name, _ in blocks[position].named_parameters()
+    }
+
+
+def _assign(model: Any, state: dict[str, torch.Tensor], shared: Mapping[str, str]) -> None:
+    for target, source in [*tied_names(model).items(), *shared.items()]:
         if source in state:
             state.setdefault(target, state[source])
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -141,6 +159,10 @@ def _assign(model: Any, state: dict[str, torch.Tensor]) -> None:
             )
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
+    for target, source in shared.items():
+        # One parameter in two places: it moves to a device once, and is trained, if at all, as one.
+        module, _, name = target.rpartition(".")
+        setattr(model.get_submodule(module), name, model.get_parameter(source))
 
 
 def tied_names(model: Any) -> dict[str, str]:

@@ -189,6 +189,28 @@ class MasterWeights:
             for target, master in zip(self._targets.values(), self._masters, strict=True):
                 target.copy_(master)
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return all that the next step depends on but its number: weights and AdamW's moments, in fp32, by name."""
+        tensors = {}
+        for name, master in zip(self._targets, self._masters, strict=True):
+            moments = self._optimizer.state[master]
+            tensors[f"weight.{name}"] = master.detach()
+            tensors[f"first.{name}"] = moments["exp_avg"]
+            tensors[f"second.{name}"] = moments["exp_avg_sq"]
+        return tensors
+
+    def restore(self, state: Mapping[str, torch.Tensor], *, num_steps: int) -> None:
+        """Go back to a :meth:`state` that was taken after ``num_steps`` steps, the model's weights too."""
+        with torch.no_grad():
+            for (name, target), master in zip(self._targets.items(), self._masters, strict=True):
+                master.copy_(state[f"weight.{name}"])
+                target.copy_(master)
+                self._optimizer.state[master] = {
+                    "step": torch.tensor(float(num_steps), device=master.device if master.is_cuda else "cpu"),
+                    "exp_avg": state[f"first.{name}"].to(master, copy=True),
+                    "exp_avg_sq": state[f"second.{name}"].to(master, copy=True),
+                }
+
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the fp32 weights by name, on the CPU."""
         return {name: master.detach().cpu() for name, master in zip(self._targets, self._masters, strict=True)}

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from ot_federated.architectures import cut_config, find_architecture, get_blocks
-from ot_federated.bundle import Manifest, StackEntry, read_manifest, read_tensors
-from ot_federated.emulated_model import build_emulated_model
+from ot_federated.bundle import Manifest, StackEntry, read_manifest
+from ot_federated.emulated_model import build_emulated_model, read_bundle_tensors
 from ot_federated.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,10 +49,8 @@ def rebuild(directory: Path, *, start: str, seed: int = 0) -> tuple[PreTrainedMo
     if start not in starts:
         raise ConfigError(f"start={start!r} is none of {', '.join(starts)}.")
     manifest = read_manifest(directory)
-    tensors: dict[str, torch.Tensor] = {}
-    for name in ("adapter.safetensors", "emulator.safetensors", "frozen.safetensors"):
-        # Copied: an attacker trains them, and the file is mapped by others.
-        tensors.update({key: tensor.clone() for key, tensor in read_tensors(directory / name).items()})
+    # Copied: an attacker trains them, and the file is mapped by others.
+    tensors = {name: tensor.clone() for name, tensor in read_bundle_tensors(directory, manifest).items()}
     if start == "emulator":
         model = build_emulated_model(manifest, tensors)
         trained = [position for position, entry in enumerate(manifest.stack) if entry.role in ("emulator", "bridge")]
@@ -78,8 +76,12 @@ def deepen(
     """
     from transformers import AutoConfig
 
-    exact = {entry.first_block: entry for entry in manifest.stack if entry.role != "bridge"}
-    positions = {entry.first_block: position for position, entry in enumerate(manifest.stack) if entry.role != "bridge"}
+    positions = {
+        entry.first_block: position
+        for position, entry in enumerate(manifest.stack)
+        if entry.role not in ("bridge", "share")
+    }
+    exact = {block: manifest.stack[position] for block, position in positions.items()}
     num_bottom = sum(entry.role == "bottom" for entry in manifest.stack)
     num_top = sum(entry.role == "top" for entry in manifest.stack)
     middle = range(num_bottom, manifest.num_blocks - num_top)
@@ -90,9 +92,10 @@ def deepen(
     stack = [entry for entry in manifest.stack if entry.role == "bottom"]
     renamed = {name: tensor for name, tensor in tensors.items() if not name.startswith(("emulator.", "bridge."))}
     for index, block in enumerate(middle):
-        entry = StackEntry("emulator", index, block, block)
+        origin = exact[source[block]]
+        entry = StackEntry("emulator", index, block, block, width=origin.width, rank=origin.rank)
         stack.append(entry)
-        prefix = exact[source[block]].prefix
+        prefix = origin.prefix
         for name, tensor in tensors.items():
             if name.startswith(prefix):
                 renamed[entry.prefix + name.removeprefix(prefix)] = tensor.clone()
@@ -132,7 +135,9 @@ def recovered_fraction(*, attack: float, emulator: float, full: float) -> float 
 
 def blocks_revealed(manifests: Sequence[Manifest]) -> list[int]:
     """Return the full model's blocks that a client who has all of these releases (R6) holds exactly."""
-    return sorted({e.first_block for manifest in manifests for e in manifest.stack if e.role != "bridge"})
+    return sorted(
+        {e.first_block for manifest in manifests for e in manifest.stack if e.role not in ("bridge", "share")}
+    )
 
 
 def _parameters_of(model: PreTrainedModel, positions: Sequence[int]) -> dict[str, nn.Parameter]:

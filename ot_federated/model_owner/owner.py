@@ -20,6 +20,7 @@ from ot_federated.emulated_model import load_emulated_model
 from ot_federated.errors import ConfigError, DataError
 from ot_federated.label_words import parse_label_words
 from ot_federated.logs import logger
+from ot_federated.model_owner.compression.distillation import Distillation
 from ot_federated.model_owner.evaluation import choose_rows
 from ot_federated.model_owner.full_model import load_full_model, model_fingerprint
 from ot_federated.model_owner.harness import check_harness, parse_tasks
@@ -232,8 +233,33 @@ def make_bundle(config: RunConfig, parts: Parts) -> tuple[Path, Manifest]:
         read_public_text=lambda: read_public(config, parts),
         calibration_tokens=offsite.calibration_tokens,
         ridge=offsite.bridge_ridge,
+        bridge_rank=offsite.bridge_rank,
+        bridge_width=offsite.bridge_width,
+        shrink=offsite.shrink,
+        shrink_keep=offsite.shrink_keep,
+        transport=offsite.transport,
+        distillation=build_distillation(config),
+        distillation_tokens=offsite.distillation_tokens,
         recipe=bundle_recipe(config, parts.dtype) | {"commit": getattr(parts.model.config, "_commit_hash", None)},
         say=say,
+    )
+
+
+def build_distillation(config: RunConfig) -> Distillation | None:
+    """Return how the emulator is distilled; None for not at all."""
+    offsite = config.offsite
+    if not offsite.distillation_steps:
+        return None
+    return Distillation(
+        num_steps=offsite.distillation_steps,
+        batch_size=offsite.distillation_batch_size,
+        learning_rate=offsite.distillation_learning_rate,
+        trains=offsite.distillation_trains,
+        hidden_weight=offsite.distillation_hidden_weight,
+        cross_entropy_weight=offsite.distillation_cross_entropy_weight,
+        kl_weight=offsite.distillation_kl_weight,
+        validation_steps=offsite.distillation_validation_steps,
+        seed=config.seed,
     )
 
 
@@ -265,19 +291,30 @@ def check_positions(model_config: Any, *, max_length: int) -> None:
         raise ConfigError(f"data.max-length={max_length} is beyond the model's {positions} positions: lower it.")
 
 
-def read_public(config: RunConfig, parts: Parts) -> list[str] | torch.Tensor:
-    """Return what the emulator is fitted on: public texts, or images ``(num_images, channels, height, width)``."""
+def read_public(config: RunConfig, parts: Parts, *, num_tokens: int | None = None) -> list[str] | torch.Tensor:
+    """Return what the emulator is fitted on: public texts, or images ``(num_images, channels, height, width)``.
+
+    ``num_tokens`` bounds how much is read; without it, what calibration and distillation ask for.
+    """
+    offsite = config.offsite
+    if num_tokens is None:
+        num_tokens = max(offsite.calibration_tokens, offsite.distillation_tokens if offsite.distillation_steps else 0)
     if not isinstance(parts.task, ImageClassification):
-        return read_public_text(config, parts.task, cast("PreTrainedTokenizerBase", parts.processor))
+        tokenizer = cast("PreTrainedTokenizerBase", parts.processor)
+        return read_public_text(config, parts.task, tokenizer, num_tokens=num_tokens)
     column = config.data.image_column
-    table = load_table(config.offsite.public_text, split=None, columns=[column])
-    num_tokens = num_public_tokens(parts.model, parts.task.read_images([table[0]]))
-    max_rows = max(1, config.offsite.calibration_tokens // num_tokens)
+    table = load_table(offsite.public_text, split=None, columns=[column])
+    max_rows = max(1, num_tokens // num_public_tokens(parts.model, parts.task.read_images([table[0]])))
     return parts.task.read_images(table.select(draw_rows(table.num_rows, max_rows=max_rows, seed=config.seed)))
 
 
-def read_public_text(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the public texts that the emulator is fitted on: a text column, or examples as the task words them."""
+def read_public_text(
+    config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, *, num_tokens: int = 10**7
+) -> list[str]:
+    """Return the public texts that the emulator is fitted on: a text column, or examples as the task words them.
+
+    ``num_tokens`` bounds the examples that are looked at, each of which has a token at least.
+    """
     source, column = config.offsite.public_text, config.offsite.public_text_column
     if column:
         return [str(text) for text in load_table(source, split=None, columns=[column])[column]]
@@ -287,7 +324,7 @@ def read_public_text(config: RunConfig, task: Task, tokenizer: PreTrainedTokeniz
         columns = {name: name for name in task_fields["multiple-choice"]}
         task = build_task("multiple-choice", tokenizer, columns=columns, max_length=config.data.max_length)
     table = load_table(source, split=None, columns=list(columns.values()))
-    examples = task.encode(table.select(range(min(table.num_rows, config.offsite.calibration_tokens))))
+    examples = task.encode(table.select(range(min(table.num_rows, num_tokens))))
     return [
         str(tokenizer.decode(list(example.input_ids), skip_special_tokens=True))
         for example in examples
@@ -307,6 +344,8 @@ def bundle_recipe(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
         "model": model_fingerprint(config.model.source, revision=config.model.revision),
         "dtype": str(dtype),
         "offsite": offsite,
+        # The order of the text in distillation is drawn from it.
+        "seed": config.seed if config.offsite.distillation_steps else None,
         "task": {**asdict(config.task), **data},
         "public_text": [file_sha256(path) for path in list_files(source)] if is_local_source(source) else source,
     }

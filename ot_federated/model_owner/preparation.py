@@ -15,11 +15,15 @@ import ot_federated
 from ot_federated.architectures import check_split, find_architecture, get_blocks
 from ot_federated.bundle import Manifest, read_manifest, read_tensors, verify_files
 from ot_federated.cache import cache_root
-from ot_federated.errors import BundleError
-from ot_federated.model_owner.compression.calibration import fit_bridges, tokenise_public_text
+from ot_federated.errors import BundleError, DataError
+from ot_federated.model_owner.compression.calibration import tokenise_public_text
 from ot_federated.model_owner.compression.choice import choose_blocks, text_free
+from ot_federated.model_owner.compression.distillation import Distillation, distil
+from ot_federated.model_owner.compression.gaps import bridged_ways, build_bridges
+from ot_federated.model_owner.compression.shrinking import shrink_blocks
 from ot_federated.model_owner.plug_in import full_model_names
-from ot_federated.model_owner.splitting import plan_stack, write_bundle
+from ot_federated.model_owner.splitting import plan_stack, split_tensors, write_bundle
+from ot_federated.tasks.losses import num_public_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,6 +43,13 @@ def prepare_bundle(
     read_public_text: Callable[[], Sequence[str] | torch.Tensor],
     calibration_tokens: int,
     ridge: float,
+    bridge_rank: int = 0,
+    bridge_width: int = 64,
+    shrink: str = "none",
+    shrink_keep: float = 0.5,
+    transport: str = "as-is",
+    distillation: Distillation | None = None,
+    distillation_tokens: int = 0,
     recipe: dict[str, Any],
     say: Callable[[str], None],
 ) -> tuple[Path, Manifest]:
@@ -51,16 +62,24 @@ def prepare_bundle(
         emulator: Middle blocks that stay.
         top: Blocks of the top adapter.
         keep: Which middle blocks stay, see :func:`choose_blocks`.
-        gaps: ``empty`` or ``bridge``.
+        gaps: What stands in for dropped blocks, see :mod:`ot_federated.model_owner.compression.gaps`.
         read_public_text: Gives the public texts, or images ``(num_images, channels, height, width)``; called only when
             they are needed.
         calibration_tokens: Tokens of public text to use.
         ridge: Penalty of the bridges, relative.
+        bridge_rank: Rank of the bridges; 0 for whole matrices.
+        bridge_width: Neurons of a trained bridge's bottleneck.
+        shrink: How kept blocks are made smaller, see :func:`shrink_blocks`.
+        shrink_keep: Share of them that stays.
+        transport: How the emulator's matrices are stored, see :mod:`ot_federated.packed_tensors`.
+        distillation: How the emulator is distilled; None for not at all.
+        distillation_tokens: At most so many tokens of public text to distil on.
         recipe: All that determines the bundle (sources, digests, settings), as JSON values.
         say: Told what is going on, for a person who waits.
 
     Raises:
-        ConfigError: If the split does not fit the model's depth.
+        ConfigError: If the split does not fit the model's depth, or the emulator is larger than the middle.
+        DataError: If the public text is too short, or not in the model's vocabulary.
     """
     blocks = get_blocks(model, find_architecture(model.config))
     check_split(num_blocks=len(blocks), bottom=bottom, emulator=emulator, top=top)
@@ -76,9 +95,12 @@ def prepare_bundle(
         else:
             say(f"Bundle {manifest.digest[:12]} from the cache")
             return directory, manifest
-    windows = None
-    if keep not in text_free or gaps == "bridge":
-        windows = prepare_windows(model, tokenizer, read_public_text(), num_tokens=calibration_tokens)
+    windows, public = None, None
+    if keep not in text_free or gaps in bridged_ways or distillation:
+        num_tokens = max(calibration_tokens, distillation_tokens if distillation else 0)
+        public = prepare_windows(model, tokenizer, read_public_text(), num_tokens=num_tokens)
+        per_window = num_public_tokens(model, public[:1])
+        windows = public[: max(1, calibration_tokens // per_window)]
     kept = choose_blocks(
         model,
         windows,
@@ -89,19 +111,43 @@ def prepare_bundle(
         ridge=ridge,
         say=say,
     )
-    stack = plan_stack(num_blocks=len(blocks), bottom=bottom, top=top, kept=kept, bridged=gaps == "bridge")
-    runs = [(entry.first_block, entry.last_block) for entry in stack if entry.role == "bridge"]
-    bridges: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    if runs and windows is not None:
-        say(f"Fitting {len(runs)} bridges on {len(windows)} windows of public text, or images")
-        bridges = fit_bridges(model, windows, runs, ridge=ridge)
+    stack = plan_stack(
+        num_blocks=len(blocks),
+        bottom=bottom,
+        top=top,
+        kept=kept,
+        bridged=gaps in bridged_ways,
+        shared=gaps == "share",
+    )
+    tensors = split_tensors(model, stack, bridges={})["emulator"]
+    if windows is not None and any(entry.role == "bridge" for entry in stack):
+        say(f"Fitting bridges on {len(windows)} windows of public text, or images")
+        width = bridge_width if gaps == "trained-bridge" else 0
+        stack, bridges = build_bridges(model, windows, stack, ridge=ridge, rank=bridge_rank, width=width)
+        tensors |= bridges
+    stack, tensors = shrink_blocks(model, stack, tensors, shrink=shrink, keep=shrink_keep)
+    if distillation and public is not None:
+        learnt, held_out = hold_out(public)
+        tensors = distil(
+            model,
+            stack,
+            tensors,
+            learnt,
+            held_out,
+            settings=distillation,
+            checkpoints=cache_root() / "distillation" / directory.name,
+            say=say,
+        )
+    words = [shrink, transport, f"distilled-{distillation.num_steps}" if distillation else "none"]
     manifest = write_bundle(
         directory,
         model=model,
         tokenizer=tokenizer,
         stack=stack,
-        bridges=bridges,
-        compression=f"{keep}+{gaps}",
+        bridges={},
+        compression="+".join([keep, gaps, *(word for word in words if word not in ("none", "as-is"))]),
+        emulator=tensors,
+        transport=transport,
     )
     say(f"Bundle {manifest.digest[:12]}: {manifest.num_bytes / 1e6:.0f} MB, middle blocks kept {kept}")
     return directory, manifest
@@ -110,12 +156,39 @@ def prepare_bundle(
 def prepare_windows(
     model: PreTrainedModel, processor: Processor, public: Sequence[str] | torch.Tensor, *, num_tokens: int
 ) -> torch.Tensor:
-    """Return public texts as token windows ``(num_windows, window)``; images are the model's inputs as they are."""
+    """Return public texts as token windows ``(num_windows, window)``; images are the model's inputs as they are.
+
+    Raises:
+        DataError: If there is too little text, or it has tokens that are not in the model's vocabulary.
+    """
     if isinstance(public, torch.Tensor):
         return public
     tokenizer = cast("PreTrainedTokenizerBase", processor)
     positions = int(getattr(model.config, "max_position_embeddings", 0) or 10**9)
-    return tokenise_public_text(tokenizer, public, num_tokens=num_tokens, max_positions=positions)
+    windows = tokenise_public_text(tokenizer, public, num_tokens=num_tokens, max_positions=positions)
+    embeddings: Any = model.get_input_embeddings()
+    num_embeddings = int(embeddings.weight.shape[0])
+    if int(windows.max()) >= num_embeddings:
+        raise DataError(
+            f"The tokenizer gives the public text the token {int(windows.max())}, and the model's vocabulary has "
+            f"{num_embeddings}: the tokenizer is another model's. Take the model's own, or resize its embeddings."
+        )
+    return windows
+
+
+def hold_out(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divide public inputs: all but the last eighth to learn from, the last eighth, at most 16 windows, to score on.
+
+    Raises:
+        DataError: If there are fewer than two.
+    """
+    if len(windows) < 2:
+        raise DataError(
+            "The public data is one window of text or one image, too little to distil on and to keep some apart. Give "
+            "more with offsite.public-text, or set offsite.distillation-steps=0."
+        )
+    num_held_out = max(1, min(len(windows) // 8, 16))
+    return windows[:-num_held_out], windows[-num_held_out:]
 
 
 def check_model(directory: Path, manifest: Manifest, model: PreTrainedModel) -> None:

@@ -25,6 +25,7 @@ from ot_federated.model_owner.compression.calibration import block_states
 from ot_federated.model_owner.evaluation import choose_rows
 from ot_federated.model_owner.owner import load_parts, make_bundle, read_public
 from ot_federated.model_owner.preparation import check_model, prepare_windows
+from ot_federated.model_owner.splitting import count_exact
 from ot_federated.sources import load_table
 from ot_federated.tasks.base import Example, Row, Task
 from ot_federated.tasks.language_model import example_losses, num_tokens
@@ -114,13 +115,13 @@ def describe_exposure(directory: Path, model: PreTrainedModel) -> dict[str, Any]
     by_block = [0.0] * manifest.num_blocks
     equal = 0
     for position, entry in enumerate(manifest.stack):
-        if entry.role == "bridge":
+        if entry.role in ("bridge", "share"):
             continue
         mine = dict(ours[entry.first_block].named_parameters())
         same = sum(
-            parameter.numel()
+            count_exact(parameter, mine[name])
             for name, parameter in theirs[position].named_parameters()
-            if torch.equal(parameter, mine[name].detach().to("cpu", parameter.dtype))
+            if name in mine
         )
         equal += same
         by_block[entry.first_block] = same / sum(parameter.numel() for parameter in mine.values())

@@ -45,6 +45,8 @@ contradictory = {
     "tuning.lora-aggregation",
     "data.partitioner",
     "offsite.bottom-blocks",
+    "offsite.public-text",
+    "offsite.distillation-steps",
     "privacy.mode",
     "strategy.secure-aggregation",
     "task.name",

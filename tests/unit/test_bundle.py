@@ -86,10 +86,10 @@ def test_too_large_is_refused_before_it_is_parsed() -> None:
         b"null",
         b'"text"',
         b"{}",
-        b'{"format": 1}',
+        b'{"format": 2}',
         b"[" * 100_000,  # nested too deeply for a parser that recurses
-        b'{"format": 1, "stack": 3, "files": []}',
-        b'{"format": 1, "stack": [[]], "files": []}',
+        b'{"format": 2, "stack": 3, "files": []}',
+        b'{"format": 2, "stack": [[]], "files": []}',
         altered(lambda raw: raw.pop("dtype")),
         altered(lambda raw: raw.update(surprise=1)),
         altered(lambda raw: raw["stack"][0].pop("index")),

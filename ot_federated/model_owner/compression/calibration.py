@@ -122,6 +122,38 @@ def fit_bridges(
     Returns:
         Weight ``(hidden, hidden)`` and bias ``(hidden,)`` by the gap's number, in the model's type.
     """
+    dtype = next(model.parameters()).dtype
+    solved = {}
+    for number, moments in _sum_moments(model, windows, gaps).items():
+        weight, bias, _ = _solve(moments, ridge=ridge)
+        solved[number] = weight.to(dtype), bias.to(dtype)
+    return solved
+
+
+def fit_low_rank_bridges(
+    model: PreTrainedModel, windows: torch.Tensor, gaps: Sequence[tuple[int, int]], *, ridge: float, rank: int
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Fit bridges whose matrix has a given rank, in closed form (reduced-rank regression).
+
+    Alan Izenman, "Reduced-rank regression for the multivariate linear model", Journal of Multivariate Analysis 1975:
+    of all matrices of that rank the ridge solution, projected on the principal directions of what it predicts, has
+    the least penalised error.
+
+    Returns:
+        ``up`` ``(hidden, rank)``, ``down`` ``(rank, hidden)`` and ``bias`` ``(hidden,)`` by the gap's number.
+    """
+    dtype = next(model.parameters()).dtype
+    solved = {}
+    for number, moments in _sum_moments(model, windows, gaps).items():
+        weight, _, penalised = _solve(moments, ridge=ridge)
+        up = torch.linalg.eigh(weight @ penalised @ weight.T).eigenvectors[:, -rank:]
+        down = up.T @ weight
+        bias = (moments.sum_y - up @ (down @ moments.sum_x)) / moments.num_tokens
+        solved[number] = {name: t.to(dtype) for name, t in (("up", up), ("down", down), ("bias", bias))}
+    return solved
+
+
+def _sum_moments(model: PreTrainedModel, windows: torch.Tensor, gaps: Sequence[tuple[int, int]]) -> dict[int, _Moments]:
     moments: dict[int, _Moments] = {}
     for states in block_states(model, windows):
         for number, (first, last) in enumerate(gaps):
@@ -135,16 +167,16 @@ def fit_bridges(
             old.num_tokens += new.num_tokens
             for name in ("sum_x", "sum_y", "xx", "xy"):
                 getattr(old, name).add_(getattr(new, name))
-    dtype = next(model.parameters()).dtype
-    return {number: _solve(m, ridge=ridge, dtype=dtype) for number, m in moments.items()}
+    return moments
 
 
-def _solve(moments: _Moments, *, ridge: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _solve(moments: _Moments, *, ridge: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return weight, bias, and X'X with the penalty, in fp64."""
     mean_x, mean_y = moments.sum_x / moments.num_tokens, moments.sum_y / moments.num_tokens
     xx = moments.xx - moments.num_tokens * torch.outer(mean_x, mean_x)
     xy = moments.xy - moments.num_tokens * torch.outer(mean_x, mean_y)
     # A little is always added, so that fewer tokens than dimensions still have one solution.
     penalty = max(ridge, 1e-6) * xx.diagonal().mean()
-    weight = torch.linalg.solve(xx + penalty * torch.eye(len(xx), dtype=xx.dtype, device=xx.device), xy).T
-    bias = mean_y - weight @ mean_x
-    return weight.to(dtype), bias.to(dtype)
+    penalised = xx + penalty * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+    weight = torch.linalg.solve(penalised, xy).T
+    return weight, mean_y - weight @ mean_x, penalised

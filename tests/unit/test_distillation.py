@@ -1,0 +1,189 @@
+"""Distillation: its loss against direct computation, what it changes, that it helps, resumes, and may be refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from ot_federated.bundle import StackEntry, read_tensors
+from ot_federated.config import parse_run_config
+from ot_federated.emulated_model import build_emulated_model, load_emulated_model
+from ot_federated.errors import ConfigError, DataError
+from ot_federated.model_owner.compression import distillation as module
+from ot_federated.model_owner.compression.distillation import Distillation, distil, distillation_loss, target_blocks
+from ot_federated.model_owner.compression.gaps import build_bridges
+from ot_federated.model_owner.preparation import hold_out, prepare_bundle
+from ot_federated.model_owner.splitting import draft_manifest, plan_stack, split_tensors
+from tests.families import build_family_model, byte_tokenizer, num_blocks
+
+windows = torch.randint(4, 260, (12, 32), generator=torch.Generator().manual_seed(0))
+settings = Distillation(num_steps=12, batch_size=4, learning_rate=2e-3, validation_steps=0, checkpoint_steps=4)
+
+
+def start(model: Any, *, kept: list[int], bridged: bool) -> tuple[tuple[StackEntry, ...], dict[str, torch.Tensor]]:
+    stack = plan_stack(num_blocks=num_blocks, bottom=2, top=2, kept=kept, bridged=bridged)
+    tensors = split_tensors(model, stack, bridges={})["emulator"]
+    if bridged:
+        stack, bridges = build_bridges(model, windows, stack, ridge=0.01, rank=0, width=8)
+        tensors |= bridges
+    return stack, tensors
+
+
+def build(model: Any, stack: tuple[StackEntry, ...], tensors: dict[str, torch.Tensor]) -> Any:
+    parts = split_tensors(model, stack, bridges={})
+    return build_emulated_model(
+        draft_manifest(model, stack, compression=""), {**parts["adapter"], **parts["frozen"], **tensors}
+    )
+
+
+def hidden_error(model: Any, stack: tuple[StackEntry, ...], tensors: dict[str, torch.Tensor]) -> float:
+    alone = replace(settings, hidden_weight=1.0, cross_entropy_weight=0.0)
+    targets = target_blocks(stack, num_blocks=num_blocks)
+    with torch.no_grad():
+        return float(
+            distillation_loss(model, build(model, stack, tensors), windows, targets=targets, settings=alone).detach()
+        )
+
+
+def run(model: Any, directory: Path, *, said: list[str] | None = None, **changes: Any) -> dict[str, torch.Tensor]:
+    stack, tensors = start(model, kept=[3], bridged=True)
+    return distil(
+        model,
+        stack,
+        tensors,
+        windows[:-2],
+        windows[-2:],
+        settings=replace(settings, **changes),
+        checkpoints=directory,
+        say=(said if said is not None else []).append,
+    )
+
+
+def test_targets_are_the_last_block_stood_for() -> None:
+    def targets(**changes: Any) -> list[int]:
+        stack = plan_stack(num_blocks=10, bottom=2, top=2, kept=[3, 5], **changes)
+        return list(target_blocks(stack, num_blocks=10).values())
+
+    assert targets(bridged=False) == [4, 7]
+    assert targets(bridged=True) == [2, 3, 4, 5, 7]
+    assert targets(bridged=False, shared=True) == [2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma2"])
+def test_loss_is_what_the_text_says(family: str) -> None:
+    model = build_family_model(family)
+    stack, tensors = start(model, kept=[3], bridged=False)
+    emulated = build(model, stack, tensors)
+    weights = replace(settings, hidden_weight=30.0, cross_entropy_weight=0.7, kl_weight=0.3)
+    found = distillation_loss(model, emulated, windows, targets={2: 5}, settings=weights)
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=windows, output_hidden_states=True, use_cache=False) for m in (model, emulated))
+    t, s = ours.hidden_states[6], theirs.hidden_states[3]
+    hidden = ((t - s).square().mean(-1) / t.square().mean(-1)).mean()
+    entropy = functional.cross_entropy(theirs.logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
+    p, q = (functional.log_softmax(o.logits.float(), -1) for o in (ours, theirs))
+    divergence = (p.exp() * (p - q)).sum(-1).mean()
+    expected = 30 * hidden + 0.7 * entropy + 0.3 * divergence
+    assert float(found.detach()) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("trains", ["all", "bridges"])
+def test_it_brings_the_emulator_closer_and_changes_only_what_trains(trains: str, tmp_path: Path) -> None:
+    model = build_family_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stack, tensors = start(model, kept=[3], bridged=True)
+    result = run(model, tmp_path / "c", trains=trains, cross_entropy_weight=0.0)
+    changed = {name.partition(".")[0] for name in tensors if not torch.equal(result[name], tensors[name])}
+    assert changed == ({"bridge"} if trains == "bridges" else {"bridge", "emulator"})
+    assert result.keys() == tensors.keys()
+    assert hidden_error(model, stack, result) < hidden_error(model, stack, tensors)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_stopped_distillation_goes_on_to_the_same_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_family_model("llama")
+    said: list[str] = []
+    whole = run(model, tmp_path / "a", validation_steps=1)
+    compute, calls = module.distillation_loss, []
+
+    def stop(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 11:
+            raise KeyboardInterrupt
+        return compute(*arguments, **keywords)
+
+    monkeypatch.setattr(module, "distillation_loss", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path / "b", validation_steps=1)
+    again = run(model, tmp_path / "b", said=said, validation_steps=1)
+    assert said[0] == "Distillation goes on at step 8 of 12"
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_a_distillation_that_harms_the_plug_in_is_not_used(tmp_path: Path) -> None:
+    model = build_family_model("llama")
+    _, tensors = start(model, kept=[3], bridged=True)
+    said: list[str] = []
+    result = run(model, tmp_path / "c", said=said, learning_rate=10.0, validation_steps=2)
+    assert all(torch.equal(result[name], tensors[name]) for name in tensors)
+    assert [line.split(":")[0] for line in said] == [f"Distilled {step} of 12 steps" for step in (0, 4, 8, 12)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_from_settings_to_a_bundle(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OT_FEDERATED_CACHE", str(tmp_path))
+    model = build_family_model(family, dtype=torch.bfloat16)
+    directory, manifest = prepare_bundle(
+        model,
+        byte_tokenizer(),
+        bottom=1,
+        emulator=2,
+        top=2,
+        keep="gradient",
+        gaps="trained-bridge",
+        bridge_width=4,
+        shrink="ffn",
+        transport="int8",
+        distillation=replace(settings, num_steps=3, validation_steps=1),
+        distillation_tokens=2048,
+        read_public_text=lambda: ["Some public text, of which there is enough for a few windows. " * 40],
+        calibration_tokens=512,
+        ridge=0.01,
+        recipe={},
+        say=lambda _: None,
+    )
+    assert manifest.compression == "gradient+trained-bridge+ffn+int8+distilled-3"
+    assert all(entry.width == 4 for entry in manifest.stack if entry.role == "bridge")
+    emulated: Any = load_emulated_model(directory, manifest)
+    assert torch.isfinite(emulated(input_ids=windows, use_cache=False).logits).all()
+    # Adapter and frozen weights are those of the model.
+    for name, tensor in read_tensors(directory / "frozen.safetensors").items():
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_bad_input_is_refused_with_the_choices() -> None:
+    with pytest.raises(DataError, match="too few to distil on"):
+        hold_out(windows[:1])
+    for bad, message in (
+        ({"offsite.gaps": "trained-bridge"}, "needs offsite.distillation-steps"),
+        ({"offsite.shrink": "magnitude", "offsite.distillation-steps": 5}, "Train bridges alone"),
+        ({"offsite.public-text": ""}, r"offsite.keep='influence' needs public text.*uniform"),
+        ({"offsite.public-text": "", "offsite.keep": "uniform"}, r"offsite.gaps='bridge' needs.*empty or share"),
+        (
+            {
+                "offsite.public-text": "",
+                "offsite.keep": "uniform",
+                "offsite.gaps": "empty",
+                "offsite.distillation-steps": 1,
+            },
+            "distillation needs some",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_run_config(bad)
