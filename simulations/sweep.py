@@ -61,6 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.dry_run:
         sys.stdout.write(list_cells(cells, directory))
         return 0
+    if parsed.report:
+        cells = [cell for cell in cells if read_cell(directory, cell)]
+        if not cells:
+            sys.stderr.write(f"error: no cell is done in {directory}: run the sweep without --report.\n")
+            return 2
     command = shlex.join(["python", "-m", "simulations.sweep", *words])
     try:
         failed = run_sweep(sweep, cells, directory, engine=parsed.engine, command=command, results=parsed.results)
@@ -84,6 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, help="also write privacy_utility.json and the figures there")
     parser.add_argument("--engine", choices=("ray", "in-process"), default="in-process", help="what runs a cell")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cells with this in their names")
+    parser.add_argument(
+        "--report", action="store_true", help="run nothing: write the report of the cells that are done"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the cells and which are done")
     return parser
 

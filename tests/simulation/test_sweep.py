@@ -54,6 +54,8 @@ def test_a_sweep_runs_resumes_and_reports(
     output, results = tmp_path / "out", tmp_path / "results"
     words = [str(sweep_file), "--output-dir", str(output)]
     assert sweeps.main([*words, "--only", "epsilon=none"]) == 0
+    assert sweeps.main([*words, "--report"]) == 0
+    assert "1 of 1 cells done" in capsys.readouterr().out
     assert sweeps.main([*words, "--dry-run"]) == 0
     listed = capsys.readouterr().out.splitlines()[-3:]
     assert [line.split()[0] for line in listed] == ["done", "to", "2"]
@@ -97,6 +99,8 @@ def test_a_cell_that_fails_does_not_stop_the_others(
     told = capsys.readouterr()
     assert told.err.count("no memory left") == 2
     assert "0 of 2 cells done, 2 failed" in told.out
+    assert sweeps.main([str(sweep_file), "--output-dir", str(tmp_path / "out"), "--report"]) == 2
+    assert "no cell is done" in capsys.readouterr().err
 
 
 def test_candidates_are_in_by_the_flip_of_a_coin(sweep_file: Path, tmp_path: Path) -> None:
