@@ -108,14 +108,15 @@ def run_sweep(
     with tqdm(cells, desc="sweep", unit="cell") as bar:
         for cell in bar:
             bar.set_postfix_str(cell.name[:60])
-            if read_cell(directory, cell) is None:
+            is_new = read_cell(directory, cell) is None
+            if is_new:
                 try:
                     run_cell(cell, directory / cell.name, num_candidates=sweep.num_candidates, engine=engine)
                 except OtFederatedError as error:
                     failed.append(cell)
                     bar.write(f"FAILED {cell.name}: {error}", file=sys.stderr)
             done = [result for other in cells if (result := read_cell(directory, other))]
-            for target in targets if done else []:
+            for target in targets if done and (is_new or cell is cells[-1]) else []:
                 write_report(done, target, command=command)
     sys.stdout.write(describe_cells(done) + "\n")
     if composed := compose(done):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -21,6 +21,7 @@ json_fields = (
 # Two-sided 95 % quantiles of Student's t by degrees of freedom: seeds are few.
 _t_quantiles = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 Result = Mapping[str, Any]
+Points = Callable[[Result], tuple[float, Sequence[float] | None]]
 
 
 def gain_of(rows: Mapping[str, Any]) -> dict[str, float | None]:
@@ -115,43 +116,67 @@ def write_report(results: Sequence[Result], directory: Path, *, command: str) ->
 
 def draw(results: Sequence[Result], directory: Path) -> None:
     """Draw utility, audited epsilon and attacks against epsilon."""
-    losses = series(results, lambda result: result["rows"]["plug_in"]["loss"])
+
+    def of_plug_in(measure: str) -> Points:
+        return lambda result: (result["rows"]["plug_in"][measure], result["rows"]["plug_in"].get(f"{measure}_interval"))
+
+    losses = series(results, of_plug_in("loss"))
     zero_shot = mean(result["rows"]["full_zero_shot"]["loss"] for result in results)
     panels = [("plug-in loss (nats)", losses, zero_shot, "full model before")]
     if all(result["rows"]["plug_in"].get("accuracy") is not None for result in results):
-        accuracies = series(results, lambda result: result["rows"]["plug_in"]["accuracy"])
         before = mean(result["rows"]["full_zero_shot"]["accuracy"] for result in results)
-        panels.append(("plug-in accuracy", accuracies, before, "full model before"))
+        panels.append(("plug-in accuracy", series(results, of_plug_in("accuracy")), before, "full model before"))
     plot_against_epsilon(panels, directory / "utility.png", claim=False)
     audited = [result for result in results if result["audited_epsilon_lower_bound"] is not None]
     if not audited:
         return
-    bounds = series(audited, lambda result: result["audited_epsilon_lower_bound"])
+    bounds = series(audited, lambda result: (result["audited_epsilon_lower_bound"], None))
     plot_against_epsilon([("audited epsilon, at least", bounds, None, "")], directory / "audit.png", claim=True)
+
+    def of_attack(name: str) -> Points:
+        return lambda result: (result["attacks"][name]["auc"], result["attacks"][name].get("auc_interval"))
+
     areas = {
         name: points
         for attack in audited[0]["attacks"]
-        for name, points in series(
-            audited, lambda result, attack=attack: result["attacks"][attack]["auc"], prefix=f"{attack}: "
-        ).items()
+        for name, points in series(audited, of_attack(attack), name=attack).items()
     }
     plot_against_epsilon([("membership inference, AUC", areas, 0.5, "chance")], directory / "attacks.png", claim=False)
 
 
 def series(
-    results: Iterable[Result], value: Any, *, prefix: str = ""
+    results: Iterable[Result], value: Points, *, name: str = ""
 ) -> dict[str, list[tuple[float | None, float, float, float]]]:
-    """Return, for each kind of cell, target epsilon, mean and interval over seeds, by rising epsilon and none last."""
-    groups: dict[tuple[str, ...], dict[float | None, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Return, for each kind of cell, target epsilon, mean and interval, by rising epsilon and none last.
+
+    Args:
+        results: The cells.
+        value: Gives a cell's value and, where it has one, its own 95 % interval, which is shown where there is one
+            seed; of several seeds the interval is that over seeds.
+        name: What is drawn, where it is not the kind of cell alone.
+    """
+    groups: dict[tuple[str, ...], dict[float | None, list[Any]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
         groups[group_of(result)][result["target_epsilon"]].append(value(result))
     kinds = list(groups)
     # What all kinds share says nothing in a legend.
     telling = [i for i in range(4) if len({kind[i] for kind in kinds}) > 1]
+
+    def title(kind: tuple[str, ...]) -> str:
+        words = [*([name] if name else []), *(kind[i] for i in telling)]
+        return ", ".join(words) or kind[1]
+
     return {
-        prefix + (", ".join(kind[i] for i in telling) or kind[1]): [
-            (epsilon, *interval_of(points[epsilon]))
+        title(kind): [
+            (epsilon, *_point(points[epsilon]))
             for epsilon in sorted(points, key=lambda e: float("inf") if e is None else e)
         ]
         for kind, points in groups.items()
     }
+
+
+def _point(found: Sequence[tuple[float, Sequence[float] | None]]) -> tuple[float, float, float]:
+    if len(found) == 1 and found[0][1] is not None:
+        centre, (low, high) = found[0][0], found[0][1]
+        return centre, low, high
+    return interval_of([centre for centre, _ in found])

@@ -122,21 +122,27 @@ def plot_against_epsilon(panels: Sequence[tuple[str, Series, float | None, str]]
         ticks = sorted({point[0] for points in lines.values() for point in points}, key=_epsilon_order)
         for index, (name, points) in enumerate(lines.items()):
             # Side by side where lines meet, so that every interval can be seen.
-            places = [ticks.index(point[0]) + 0.04 * (index - (len(lines) - 1) / 2) for point in points]
+            places = [ticks.index(point[0]) + 0.07 * (index - (len(lines) - 1) / 2) for point in points]
             means = [point[1] for point in points]
             errors = [[m - p[2] for m, p in zip(means, points, strict=True)], [p[3] - p[1] for p in points]]
-            axis.errorbar(places, means, yerr=errors, marker="o", capsize=3, label=name)
+            drawn = axis.errorbar(places, means, yerr=errors, fmt="o", capsize=3, label=name)
+            # No line leads to "none": there is no epsilon to go along.
+            private = [i for i, point in enumerate(points) if point[0] is not None]
+            axis.plot([places[i] for i in private], [means[i] for i in private], color=drawn[0].get_color())
         if claim:
             claimed = [(place, epsilon) for place, epsilon in enumerate(ticks) if epsilon is not None]
             axis.plot(*zip(*claimed, strict=True), "k--", label="claimed epsilon") if claimed else None
         if reference is not None:
             axis.axhline(reference, linestyle=":", color="tab:grey", label=reference_name)
         axis.set_xticks(range(len(ticks)), ["none" if tick is None else f"{tick:g}" for tick in ticks])
-        axis.set(xlabel="epsilon", ylabel=measure)
+        axis.set(xlabel="target epsilon", ylabel=measure)
+        axis.margins(x=0.12)
         if "accuracy" in measure:
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    # Below the axes, where it hides no interval. What panels share is named once.
+    named = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=3, fontsize=8)
     save_figure(figure, path)
 
 

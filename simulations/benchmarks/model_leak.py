@@ -19,12 +19,13 @@ from typing import Any
 from ot_federated.cache import atomic_write_text
 from ot_federated.commands.audit_model import describe_leak, parse_budgets
 from ot_federated.config import list_keys, parse_run_config
-from ot_federated.errors import OtFederatedError
+from ot_federated.errors import ConfigError, OtFederatedError
 from ot_federated.model_owner.release_audit import audit_release
 from ot_federated.reporting.plots import plot_recovery
 from simulations.benchmarks.environment import write_results
 from simulations.command_line import parse_settings
 
+texts_at_once, tokens_per_text = 32, 256
 measures = (("R1", "repeat"), ("R2", "repeat, train"), ("R3", "client data"), ("R4", "fresh blocks"))
 
 
@@ -35,10 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "simulations.benchmarks.model_leak", *words])
     names = parsed.emulators.split(",") if parsed.emulators else offered_emulators(parsed.blocks.split(","))
     reports, failed = [], 0
+    cells = parsed.output_dir / "model_leak_cells"
+    settings = list(parsed.settings)
+    try:
+        budgets = parse_budgets(parsed.budgets)
+        if parsed.own_text:
+            text = write_own_text(settings, cells / f"own-text-{parsed.own_text}.txt", num_tokens=parsed.own_text)
+            settings += [f"offsite.public-text={text}", "offsite.public-text-column=text"]
+    except OtFederatedError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     for name in names:
         try:
-            budgets = parse_budgets(parsed.budgets)
-            reports.append(measure(name, parsed.settings, budgets, parsed.output_dir / "model_leak_cells"))
+            reports.append(measure(name, settings, budgets, cells))
         except OtFederatedError as error:
             sys.stderr.write(f"FAILED {name}: {error}\n")
             failed += 1
@@ -62,8 +72,46 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--blocks", default="12", help="numbers of kept blocks, where --emulators is not given")
     parser.add_argument("--budgets", default="0,8000,24000", help="tokens that attacks train on")
+    parser.add_argument(
+        "--own-text",
+        type=int,
+        default=0,
+        metavar="TOKENS",
+        help="public text that the full model writes itself: for a model whose training text is not at hand, since on "
+        "foreign text an attacker who trains on it soon does better than the full model",
+    )
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).resolve().parents[1] / "results")
     return parser
+
+
+def write_own_text(settings: Sequence[str], path: Path, *, num_tokens: int, seed: int = 0) -> Path:
+    """Write about ``num_tokens`` tokens that the full model samples, a text a line, unless they are there; return it.
+
+    Raises:
+        ConfigError: If the model writes no text.
+    """
+    import torch
+
+    from ot_federated.model_owner.owner import load_parts
+
+    if path.exists():
+        return path
+    parts = load_parts(parse_run_config(parse_settings(settings)))
+    model, tokenizer = parts.model, parts.processor
+    start = getattr(tokenizer, "bos_token_id", None)
+    if start is None:
+        raise ConfigError("--own-text needs a language model whose tokenizer has a token to begin with.")
+    torch.manual_seed(seed)
+    texts: list[str] = []
+    for _ in range(max(1, num_tokens // (texts_at_once * tokens_per_text))):
+        ids = torch.full((texts_at_once, 1), start, device=model.device)
+        written: Any = model.generate(  # type: ignore[operator]  # transformers' mixins confuse mypy
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=tokens_per_text
+        )
+        texts += [" ".join(tokenizer.decode(row, skip_special_tokens=True).split()) for row in written]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, "\n".join(texts) + "\n")
+    return path
 
 
 def offered_emulators(blocks: Sequence[str]) -> list[str]:

@@ -59,8 +59,13 @@ def test_interval_over_seeds() -> None:
 
 def test_table_and_lines_go_from_small_epsilon_to_none() -> None:
     cells = [cell(8, seed=0, loss=1.5), cell(None, seed=0, loss=1.0), cell(1, seed=0, loss=2.0)]
-    (line,) = series(cells, lambda result: result["rows"]["plug_in"]["loss"]).values()
+    (line,) = series(cells, lambda result: (result["rows"]["plug_in"]["loss"], None)).values()
     assert [(epsilon, value) for epsilon, value, _, _ in line] == [(1, 2.0), (8, 1.5), (None, 1.0)]
+    # One seed has the interval of its own examples, several that over seeds.
+    own = lambda result: (result["gain"]["loss"], [0.0, 9.0])  # noqa: E731
+    assert [point[2:] for point in series(cells, own, name="gain")["gain"]] == [(0.0, 9.0)] * 3
+    twice = [cell(8, seed=0, loss=1.0), cell(8, seed=1, loss=1.0)]
+    assert series(twice, own)["ffa-lora r=4 top"] == [(8, 2.0, 2.0, 2.0)]
     rows = describe_cells(cells).splitlines()
     assert [row.split("|")[3].strip() for row in rows[2:]] == ["none", "8.00", "1.00"]
     assert "75%" in rows[3]
