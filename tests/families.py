@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ViTImageProcessorPil,
+)
 
 num_blocks = 8
 _llama_like = {
@@ -48,6 +55,31 @@ _families: dict[str, dict[str, Any]] = {
     },
 }
 family_names = tuple(_families)
+_vit_like = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": num_blocks,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 7,
+}
+_clip_text = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "vocab_size": 10,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+_image_families: dict[str, dict[str, Any]] = {
+    "vit": _vit_like,
+    "deit": {**_vit_like, "architectures": ["DeiTForImageClassification"]},
+    "clip": {"vision_config": _vit_like, "text_config": _clip_text},
+    "dinov2": _vit_like,
+    "dinov2_with_registers": _vit_like,
+}
+image_family_names = tuple(_image_families)
 
 
 def build_family_model(
@@ -88,4 +120,21 @@ def save_family_model(directory: Path, family: str = "llama", *, tied: bool = Tr
     """Write a small random model and its tokenizer as a save_pretrained directory."""
     build_family_model(family, tied=tied, seed=seed).save_pretrained(directory)
     byte_tokenizer().save_pretrained(str(directory))
+    return directory
+
+
+def save_image_model(directory: Path, family: str = "vit", *, seed: int = 0, classes: int = 2) -> Path:
+    """Write a small random image model and its image processor as a save_pretrained directory."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **_image_families[family])
+    config.num_labels = classes
+    model = AutoModelForImageClassification.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+            elif "bias" in name:
+                parameter.normal_(std=0.05)
+    model.save_pretrained(directory)
+    ViTImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(directory)
     return directory

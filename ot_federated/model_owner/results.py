@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from ot_federated.architectures import choose_auto_class, find_architecture
 from ot_federated.bundle import head_prefix, read_tensors
 from ot_federated.cache import atomic_write_text
 from ot_federated.emulated_model import load_emulated_model
@@ -275,6 +276,9 @@ def summarise(
             "source": owner.config.model.source,
             "num_parameters": sum(parameter.numel() for parameter in parameters),
             "num_blocks": owner.manifest.num_blocks,
+            "auto_class": choose_auto_class(
+                find_architecture(owner.model.config), classifies=bool(owner.manifest.classes)
+            ).__name__,
         },
         "offsite": {**describe_split(owner.manifest), "bundle_digest": owner.manifest.digest},
         "rows": {name: score.to_dict() if score else None for name, score in rows.items()},

@@ -5,6 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+# By transformers' class: what the model is for, what reads its inputs, what its loss is.
+uses = {
+    "AutoModelForCausalLM": ("text-generation", "AutoTokenizer", "per token of the right answer"),
+    "AutoModelForSequenceClassification": ("text-classification", "AutoTokenizer", "the right class's cross-entropy"),
+    "AutoModelForImageClassification": (
+        "image-classification",
+        "AutoImageProcessor",
+        "the right class's cross-entropy",
+    ),
+}
+
 
 def describe_privacy(privacy: Mapping[str, Any] | None) -> str:
     """Return the guarantee in one line, with all that gives an epsilon its meaning."""
@@ -25,15 +36,15 @@ def describe_privacy(privacy: Mapping[str, Any] | None) -> str:
     )
 
 
-_use_model = """from transformers import AutoModelForCausalLM, AutoTokenizer
+_use_model = """from transformers import AUTO_CLASS, PROCESSOR_CLASS
 
-model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_DIRECTORY")
-tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_DIRECTORY")"""
-_use_adapter = """from transformers import AutoModelForCausalLM
+model = AUTO_CLASS.from_pretrained("PATH_OF_THIS_DIRECTORY")
+PROCESSOR = PROCESSOR_CLASS.from_pretrained("PATH_OF_THIS_DIRECTORY")"""
+_use_adapter = """from transformers import AUTO_CLASS
 from ot_federated.tuning import load_bottlenecks
 
 # Bottleneck adapters are no change of weights: there is no merged model, they are put into the full one.
-model = load_bottlenecks(AutoModelForCausalLM.from_pretrained("THE_FULL_MODEL"), "PATH_OF_THIS_DIRECTORY")"""
+model = load_bottlenecks(AUTO_CLASS.from_pretrained("THE_FULL_MODEL"), "PATH_OF_THIS_DIRECTORY")"""
 
 
 def render_model_card(summary: Mapping[str, Any], *, table: str, merged: bool = True) -> str:
@@ -47,9 +58,14 @@ def render_model_card(summary: Mapping[str, Any], *, table: str, merged: bool = 
     offsite, federation, source = summary["offsite"], summary["federation"], summary["model"]["source"]
     release = f"ot-federated {summary['versions']['ot-federated']}"
     base = "" if source.startswith(("pypi:", "/", ".")) else f"base_model: {source}\n"
+    auto_class = summary["model"].get("auto_class", "AutoModelForCausalLM")
+    pipeline, processor_class, loss = uses[auto_class]
+    use = (_use_model if merged else _use_adapter).replace("PROCESSOR_CLASS", processor_class)
+    use = use.replace("AUTO_CLASS", auto_class)
+    use = use.replace("PROCESSOR", "processor" if processor_class == "AutoImageProcessor" else "tokenizer")
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {pipeline}
 {base}tags:
 - offsite-tuning
 - federated-learning
@@ -74,7 +90,7 @@ an adapter that {federation["num_clients"]} data owners tuned on data that never
 
 ## Results
 
-Loss is per token of the right answer, in nats. Intervals are 95 %.
+Loss is {loss}, in nats. Intervals are 95 %.
 
 ```
 {table}
@@ -89,6 +105,6 @@ Made by:
 ## Use
 
 ```python
-{_use_model if merged else _use_adapter}
+{use}
 ```
 """

@@ -16,7 +16,7 @@ from ot_federated.config import parse_run_config
 from simulations.command_line import main
 from simulations.scenario_files import list_scenarios, simulation_keys
 from strategies.aggregators import aggregator_names
-from tests.families import save_family_model
+from tests.families import save_family_model, save_image_model
 from tests.federations import (
     Federation,
     build_questions,
@@ -346,6 +346,19 @@ def test_scenario_runs_on_a_small_model_and_own_data(name: str, llama_directory:
     }
     settings = {key: value for key, value in scenario.settings.items() if key not in simulation_keys} | own | shrunk
     num_clients = min(int(scenario.settings.get("num-clients", 4)), 8)
+    if settings.get("task.name") == "image-classification":
+        settings |= {key: scenario.settings[key] for key in own if key in scenario.settings and key.startswith("data.")}
+        settings |= {"model.source": str(save_image_model(tmp_path / "vit")), "data.image-size": 28}
+        settings |= {"offsite.public-text": scenario.settings["offsite.public-text"]}
+    if settings.get("task.name") == "instruction":
+        pairs = write_rows(tmp_path / "pairs.jsonl", [{**row, "answer": "It is so."} for row in rows])
+        settings |= dict.fromkeys(("data.train", "data.validation", "data.test"), str(pairs))
+    if settings.get("task.classifier") == "head":
+        data = write_rows(
+            tmp_path / "labelled.jsonl", [{**row, "label": number % 2} for number, row in enumerate(rows)]
+        )
+        labelled = ("data.train", "data.validation", "data.test", "offsite.public-text")
+        settings |= dict.fromkeys(labelled, str(data))
     federation = run_federation(tmp_path, llama_directory, settings=settings, num_clients=num_clients)
     assert federation.summary["federation"]["num_replies"] == 2 * num_clients
     assert federation.summary["federation"]["num_failures"] == 0
