@@ -136,7 +136,11 @@ def finish(owner: Owner, chosen: Chosen, *, setup_seconds: float, total_seconds:
         summary = summarise(owner, rounds, adapter_digest=digest, setup_seconds=setup_seconds)
         summary["delivered"] = describe_delivery(chosen)
         summary["seconds"]["total"] = round(total_seconds(), 1)
-        card = render_model_card(summary, table="\n".join(format_rows(owner.rows)), merged=merged)
+        auto_class = choose_auto_class(
+            find_architecture(owner.model.config), classifies=bool(owner.manifest.classes)
+        ).__name__
+        table = "\n".join(format_rows(owner.rows))
+        card = render_model_card(summary, table=table, merged=merged, auto_class=auto_class)
         atomic_write_text(run.path / ("model" if merged else "adapter") / "README.md", card)
         run.write_json("summary.json", summary)
         return summary
@@ -276,9 +280,6 @@ def summarise(
             "source": owner.config.model.source,
             "num_parameters": sum(parameter.numel() for parameter in parameters),
             "num_blocks": owner.manifest.num_blocks,
-            "auto_class": choose_auto_class(
-                find_architecture(owner.model.config), classifies=bool(owner.manifest.classes)
-            ).__name__,
         },
         "offsite": {**describe_split(owner.manifest), "bundle_digest": owner.manifest.digest},
         "rows": {name: score.to_dict() if score else None for name, score in rows.items()},

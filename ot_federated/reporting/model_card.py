@@ -47,18 +47,20 @@ from ot_federated.tuning import load_bottlenecks
 model = load_bottlenecks(AUTO_CLASS.from_pretrained("THE_FULL_MODEL"), "PATH_OF_THIS_DIRECTORY")"""
 
 
-def render_model_card(summary: Mapping[str, Any], *, table: str, merged: bool = True) -> str:
+def render_model_card(
+    summary: Mapping[str, Any], *, table: str, merged: bool = True, auto_class: str = "AutoModelForCausalLM"
+) -> str:
     """Return the ``README.md`` of a delivered model, or of an adapter that cannot be merged into one.
 
     Args:
         summary: The run's summary.
         table: The table of rows, as text.
         merged: Whether the directory holds the plugged-in model; else it holds bottleneck adapters.
+        auto_class: transformers' class that loads the model.
     """
     offsite, federation, source = summary["offsite"], summary["federation"], summary["model"]["source"]
     release = f"ot-federated {summary['versions']['ot-federated']}"
     base = "" if source.startswith(("pypi:", "/", ".")) else f"base_model: {source}\n"
-    auto_class = summary["model"].get("auto_class", "AutoModelForCausalLM")
     pipeline, processor_class, loss = uses[auto_class]
     use = (_use_model if merged else _use_adapter).replace("PROCESSOR_CLASS", processor_class)
     use = use.replace("AUTO_CLASS", auto_class)
