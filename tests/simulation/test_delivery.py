@@ -337,6 +337,7 @@ def test_scenario_runs_on_a_small_model_and_own_data(name: str, llama_directory:
         "offsite.top-blocks": 1,
         "offsite.public-text": public,
         "offsite.calibration-tokens": 512,
+        "data.max-length": 128,
         "train.max-steps": 2,
         # A small share of the rows: the default policy refuses batches of more than half of them.
         "train.batch-size": 4,
@@ -352,7 +353,7 @@ def test_scenario_runs_on_a_small_model_and_own_data(name: str, llama_directory:
         settings |= {"offsite.public-text": scenario.settings["offsite.public-text"]}
     if settings.get("task.name") == "instruction":
         pairs = write_rows(tmp_path / "pairs.jsonl", [{**row, "answer": "It is so."} for row in rows])
-        settings |= dict.fromkeys(("data.train", "data.validation", "data.test"), str(pairs))
+        settings |= dict.fromkeys(("data.train", "data.validation", "data.test", "offsite.public-text"), str(pairs))
     if settings.get("task.classifier") == "head":
         data = write_rows(
             tmp_path / "labelled.jsonl", [{**row, "label": number % 2} for number, row in enumerate(rows)]
