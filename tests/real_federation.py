@@ -160,7 +160,7 @@ class SuperLink(Party):
             OT_FEDERATED_STATE=str(self.directory),
             OT_FEDERATED_PORT=str(self.port),
         )
-        wait_until(lambda: is_listening(self.port), seconds=60, what=self.federation.logs)
+        wait_until(lambda: is_listening(self.port), seconds=300, what=self.federation.logs)
 
 
 class Proxy(Party):
@@ -189,7 +189,7 @@ class Proxy(Party):
     def start(self) -> None:
         assert nginx is not None
         self.launch([nginx, "-p", f"{self.directory}/", "-c", "nginx.conf", "-e", "stderr"])
-        wait_until(lambda: is_listening(self.port), seconds=20, what=self.federation.logs)
+        wait_until(lambda: is_listening(self.port), seconds=120, what=self.federation.logs)
 
 
 temporary_kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -324,7 +324,7 @@ class RealFederation:
             for node in self.nodes:
                 node.start()
             for node in self.nodes:
-                wait_until(lambda node=node: node.node_id, seconds=180, what=self.logs)
+                wait_until(lambda node=node: node.node_id, seconds=600, what=self.logs)
             yield self
         finally:
             for party in [*self.nodes, self.superlink, self.proxy]:
@@ -343,7 +343,7 @@ class RealFederation:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=600,
             check=False,
         )
         assert done.returncode == 0 or not check, f"{command}\n{done.stdout}\n{done.stderr}\n{self.logs()}"
