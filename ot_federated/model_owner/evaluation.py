@@ -45,13 +45,21 @@ def recovery(rows: Mapping[str, Score | None]) -> dict[str, float | None] | None
     start, reached, best = (rows.get(name) for name in ("full_zero_shot", "plug_in", "full_fine_tuned"))
     if start is None or reached is None or best is None:
         return None
-    shares: dict[str, float | None] = {"loss": _share(start.loss, reached.loss, best.loss, sign=-1)}
+    shares: dict[str, float | None] = {"loss": share_of_gain(start.loss, reached.loss, best.loss, sign=-1)}
     if start.accuracy is not None and reached.accuracy is not None and best.accuracy is not None:
-        shares["accuracy"] = _share(start.accuracy, reached.accuracy, best.accuracy, sign=1)
+        shares["accuracy"] = share_of_gain(start.accuracy, reached.accuracy, best.accuracy, sign=1)
     return shares
 
 
-def _share(start: float, reached: float, best: float, *, sign: int) -> float | None:
+def share_of_gain(start: float, reached: float, best: float, *, sign: int) -> float | None:
+    """Return which share of the gain from ``start`` to ``best`` was reached; None where there is no gain.
+
+    Args:
+        start: The measure before.
+        reached: What the plug-in has.
+        best: What full fine-tuning has.
+        sign: 1 where more is better, -1 where less is.
+    """
     gain = sign * (best - start)
     return sign * (reached - start) / gain if gain > 0 else None
 

@@ -197,6 +197,7 @@ class Panel:
         points: By the legend's name: x, y and y's interval.
         reference: Height of a dotted line, or None.
         percent: Whether x and y are shares, shown in percent.
+        from_zero: Whether the x axis begins at zero.
     """
 
     x_label: str
@@ -204,6 +205,7 @@ class Panel:
     points: Mapping[str, Sequence[tuple[float, float, float, float]]]
     reference: float | None = None
     percent: tuple[bool, bool] = (False, False)
+    from_zero: bool = False
 
 
 def plot_points(panels: Sequence[Panel], path: Path) -> None:
@@ -237,6 +239,8 @@ def plot_points(panels: Sequence[Panel], path: Path) -> None:
         if panel.reference is not None:
             axis.axhline(panel.reference, linestyle=":", color="tab:grey")
         axis.set(xlabel=panel.x_label, ylabel=panel.y_label)
+        if panel.from_zero:
+            axis.set_xlim(left=0)
         for shown, own_axis in zip(panel.percent, (axis.xaxis, axis.yaxis), strict=True):
             if shown:
                 own_axis.set_major_formatter(PercentFormatter(1.0))

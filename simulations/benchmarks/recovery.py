@@ -13,10 +13,11 @@ import argparse
 import json
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ot_federated.cache import atomic_write_text
 from ot_federated.config import parse_run_config
@@ -54,12 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(list_cells(cells, directory))
         return 0
     command = shlex.join(["python", "-m", "simulations.benchmarks.recovery", *words])
+    # Whoever ends this process ends the cell's too, as Ctrl-C does.
+    previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         failed = run_benchmark(plan, cells, directory, command=command, results=parsed.results)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on\n")
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     return 1 if failed else 0
+
+
+def _interrupt(_number: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def build_parser() -> argparse.ArgumentParser:

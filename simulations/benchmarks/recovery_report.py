@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any
 
 from ot_federated.cache import atomic_write_text
+from ot_federated.model_owner.evaluation import share_of_gain
 from ot_federated.reporting.plots import Panel, plot_points
 from simulations.benchmarks.environment import write_results
 from simulations.benchmarks.recovery_predictors import higher_is_better, rank_agreement
@@ -28,7 +29,7 @@ def describe_results(results: Sequence[Result]) -> str:
     chosen = [result for result in results if result["chosen"]]
     tables = {
         "Recovery by task: mean over seeds (test questions; settings chosen on validation data)": task_table(chosen),
-        "Recovery: mean over tasks and seeds": mean_table(chosen),
+        "Recovery of the mean over tasks and seeds": mean_table(chosen),
         "Cells": cell_table(chosen),
         "Rank correlation of cheap predictors with recovery over emulators (higher is better)": predictor_table(chosen),
     }
@@ -86,18 +87,33 @@ def task_table(results: Sequence[Result]) -> list[dict[str, str]]:
     return rows
 
 
+def pooled_recovery(cells: Sequence[Result], measure: str) -> float | None:
+    """Return the recovery of the mean: of rows that are averaged over the seeds of a task, then over tasks.
+
+    A mean of single recoveries would be ruled by the cell in which full fine-tuning gained least.
+    """
+    means = []
+    for name in ("full_zero_shot", "plug_in", "full_fine_tuned"):
+        by_task = [average(part, "rows", name, measure) for part in group(cells, "task").values()]
+        known = [value for value in by_task if value is not None]
+        if not known:
+            return None
+        means.append(mean(known))
+    return share_of_gain(*means, sign=-1 if measure == "loss" else 1)
+
+
 def shares(cells: Sequence[Result]) -> dict[str, str]:
-    """Return mean recovery and value gap as text by column."""
+    """Return recovery and mean value gap as text by column."""
     return {
-        "recovery loss": percent(average(cells, "recovery", "loss")),
-        "recovery accuracy": percent(average(cells, "recovery", "accuracy")),
+        "recovery loss": percent(pooled_recovery(cells, "loss")),
+        "recovery accuracy": percent(pooled_recovery(cells, "accuracy")),
         "value gap loss": number(average(cells, "value_gap", "loss"), ".3f"),
         "value gap accuracy": number(average(cells, "value_gap", "accuracy"), ".1%"),
     }
 
 
 def mean_table(results: Sequence[Result]) -> list[dict[str, str]]:
-    """Return the means over tasks of the means over seeds; a task counts once however many seeds it has."""
+    """Return the recovery of the mean over tasks; a task counts once however many seeds it has."""
     rows = []
     for (federation, emulator), cells in group(results, "federation", "emulator").items():
         tasks = group(cells, "task")
@@ -109,9 +125,7 @@ def mean_table(results: Sequence[Result]) -> list[dict[str, str]]:
             "exact weights": percent(average(cells, "exact_weight_fraction")),
             "client MB": f"{(average(cells, 'client_bytes') or 0) / 1e6:.0f}",
         }
-        for measure in measures:
-            by_task = [value for part in tasks.values() if (value := average(part, "recovery", measure)) is not None]
-            row[f"recovery {measure}"] = percent(mean(by_task)) if by_task else ""
+        row |= {f"recovery {measure}": percent(pooled_recovery(cells, measure)) for measure in measures}
         gaps = [(average(part, "value_gap", "loss") or 0.0) > 0 for part in tasks.values()]
         row["plug-in better than emulator"] = f"{sum(gaps)} of {len(gaps)} tasks"
         rows.append(row)
@@ -206,6 +220,7 @@ def draw(results: Sequence[Result], directory: Path) -> None:
             points=mean_points(part, measure),
             reference=1.0,
             percent=(True, True),
+            from_zero=True,
         )
         for measure, part in known.items()
         if part

@@ -179,3 +179,12 @@ def test_a_plan_that_makes_no_sense_is_refused(plan: Path, capsys, old: str, new
     plan.write_text(plan.read_text().replace(old, new))
     assert main([str(plan), "--dry-run"]) == 2
     assert reason in capsys.readouterr().err
+
+
+def test_the_shipped_plan_is_sound() -> None:
+    plan = load_plan(benchmark.default_plan)
+    names = [cell.name for cell in plan.cells]
+    assert len(names) == len(set(names))
+    assert {cell.point["task"] for cell in plan.cells} == {"arc-easy", "openbookqa", "sciq", "gsm8k", "wikitext"}
+    federated = [cell for cell in plan.cells if cell.point["federation"] == "eight-clients"]
+    assert all(cell.settings["data.dirichlet-alpha"] == 0.3 for cell in federated)
