@@ -180,7 +180,7 @@ def run_cell(cell: Cell, plan: Plan, directory: Path) -> None:
         "client_flops_fraction": training_flops_fraction(owner),
     }
     atomic_write_text(place / cell_file, json.dumps(result, indent=1) + "\n")
-    for name in ("model", "adapter", "checkpoints"):
+    for name in ("model", "adapter", "checkpoints", "best-round"):
         shutil.rmtree(run / name, ignore_errors=True)
 
 
@@ -215,9 +215,16 @@ def describe_cell(
         "kept_blocks": offsite["kept_blocks"],
         "compression": offsite["compression"],
         "candidate": candidate_of(cell),
-        "validation_loss": next(line["plug_in"]["loss"] for line in reversed(metrics) if line.get("plug_in")),
+        "delivered": summary["delivered"],
+        "validation_loss": read_validation_loss(summary["delivered"], metrics),
         "settings": dict(cell.settings),
     }
+
+
+def read_validation_loss(delivered: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> float:
+    """Return the loss on validation data of what was delivered: of its round, and of its alpha where one was chosen."""
+    of_round = next(line["plug_in"]["loss"] for line in metrics if line.get("round") == delivered["round"])
+    return float(delivered["validation_losses"].get(f"{delivered['alpha']:g}", of_round))
 
 
 def read_score(row: Mapping[str, Any]) -> Score:

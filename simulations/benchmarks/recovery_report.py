@@ -18,7 +18,7 @@ from simulations.sweep_report import interval_of, markdown_table
 json_fields = (
     *("model", "task", "emulator", "emulator_bytes_fraction", "seed", "rows", "recovery", "value_gap"),
     *("exact_weight_fraction", "client_bytes", "seconds", "federation", "num_clients", "client_flops_fraction"),
-    *("client_tokens", "kept_blocks", "compression", "predictors", "candidate", "validation_loss"),
+    *("client_tokens", "kept_blocks", "compression", "predictors", "candidate", "delivered", "validation_loss"),
 )
 measures = ("loss", "accuracy")
 Result = Mapping[str, Any]
