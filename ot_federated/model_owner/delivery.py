@@ -70,7 +70,8 @@ def deliver_state(
             weights = partial / adapter_file
             tensors = {places.full_name(name): tensor for name, tensor in rest.items()} | of_head
         else:
-            config, tensors = peft
+            config: Any = peft[0]  # not every method of PEFT has modules_to_save; those here do
+            tensors = peft[1]
             config.task_type = None if of_head else "CAUSAL_LM"
             if of_head:
                 config.modules_to_save = [find_architecture(model.config).head]

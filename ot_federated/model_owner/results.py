@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ot_federated.architectures import choose_auto_class, find_architecture
 from ot_federated.bundle import head_prefix, read_tensors
@@ -32,7 +32,7 @@ from ot_federated.tuning import is_mergeable
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 say = logger.info
 
@@ -69,8 +69,9 @@ def add_harness_row(owner: Owner, row: str, model: PreTrainedModel) -> None:
     if not tasks:
         return
     say("lm-eval: %s on %s", row.replace("_", " "), ", ".join(tasks))
+    tokenizer = cast("PreTrainedTokenizerBase", owner.processor)  # a model with a head was refused
     owner.harness[row] = score_by_harness(
-        model, owner.tokenizer, tasks, task_files=settings.harness_task_files, max_examples=settings.max_examples
+        model, tokenizer, tasks, task_files=settings.harness_task_files, max_examples=settings.max_examples
     )
 
 
