@@ -5,8 +5,8 @@ against is that nothing else is simplified: messages, replies and a client's sta
 serialiser in both directions, node ids are 64-bit numbers as the SuperLink deals them, and an exception in
 the ClientApp comes back as the error reply that a SuperNode would send.
 
-This is the only module that touches Flower identifiers that are not public: a new Flower release breaks it
-alone. They are ``TaskIdentity`` (who creates a message), the inflatable objects (the wire format), the
+This is the module that touches Flower identifiers that are not public, with ``faults.forked_grid`` and
+``benchmarks.big_bundle``, which need the wire format alone: a new Flower release breaks nothing else. They are ``TaskIdentity`` (who creates a message), the inflatable objects (the wire format), the
 serialiser of contexts, ``Run`` and two constants.
 """
 
@@ -88,10 +88,8 @@ class InProcessGrid(Grid):
         self._become_server()
 
     def _become_server(self) -> None:
-        # Message() takes run and sender from this process-wide identity; another grid may have changed it.
-        TaskIdentity.task_id = 1
-        TaskIdentity.run_id = self._run.run_id
-        TaskIdentity.node_id = SUPERLINK_NODE_ID
+        # Another grid may have changed it.
+        identify_as_server(self._run.run_id)
 
     def run_server_app(self, server_app: ServerApp) -> None:
         """Run the ServerApp's main on this grid; its exceptions propagate."""
@@ -219,6 +217,13 @@ def run_in_process(
     )
     grid.run_server_app(server_app)
     return grid
+
+
+def identify_as_server(run_id: int) -> None:
+    """Make this process the server of a run: ``Message()`` takes run and sender from a process-wide identity."""
+    TaskIdentity.task_id = 1
+    TaskIdentity.run_id = run_id
+    TaskIdentity.node_id = SUPERLINK_NODE_ID
 
 
 def node_id_of(partition: int) -> int:

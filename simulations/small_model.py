@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def save_small_model(directory: Path, *, seed: int = 0) -> Path:
-    """Write a random LLaMA of eight blocks as ``save_pretrained`` does and return its directory."""
+
+def build_byte_tokenizer() -> PreTrainedTokenizerBase:
+    """Build a tokenizer of single bytes, which reads any text and needs no download."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {letter: i + 4 for i, letter in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+def save_small_model(directory: Path, *, seed: int = 0) -> Path:
+    """Write a random LLaMA of eight blocks as ``save_pretrained`` does and return its directory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=260,
@@ -34,5 +44,5 @@ def save_small_model(directory: Path, *, seed: int = 0) -> Path:
         pad_token_id=0,
     )
     LlamaForCausalLM(config).save_pretrained(directory)
-    fast.save_pretrained(str(directory))
+    build_byte_tokenizer().save_pretrained(str(directory))
     return directory

@@ -179,6 +179,9 @@ def read_assignment(message: Message, context: Context, directory: Path) -> Assi
     tuning = build_tuning(config)
     device = choose_device(str(context.node_config.get("device", "auto")))
     reference = load_model_once(str(directory), device, tuning).reference
+    adapter = decode_update(arrays, reference, dtype=dtype)
+    # While it trains nobody needs what has been read: with a large adapter that is gigabytes.
+    del arrays, message.content[arrays_key]
     columns = config.columns
     rows = load_local_rows(
         context.node_config,
@@ -199,7 +202,7 @@ def read_assignment(message: Message, context: Context, directory: Path) -> Assi
     return Assignment(
         config=config,
         directory=directory,
-        adapter=decode_update(arrays, reference, dtype=dtype),
+        adapter=adapter,
         rows=rows,
         examples=examples,
         client=client_name(context),

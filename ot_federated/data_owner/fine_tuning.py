@@ -37,7 +37,7 @@ class TunableModel:
     Attributes:
         model: The emulated model.
         parameters: What trains, by role name.
-        reference: Start values in fp32 by the same names: what the first update is a difference to.
+        reference: Start values by the same names, in the bundle's type: what the first update is a difference to.
     """
 
     model: PreTrainedModel
@@ -55,6 +55,9 @@ def load_model_once(directory: str, device: str, tuning: Tuning = full_tuning) -
     model = load_emulated_model(Path(directory), manifest, device=device)
     parameters = prepare_tuning(model, manifest, tuning)
     base = read_tensors(Path(directory) / "adapter.safetensors")
+    if tuning.method == "full":
+        # As they are in the file, which is memory-mapped: fp32 copies would take as much as the trained weights do.
+        return TunableModel(model, parameters, {name: base[name] for name in parameters})
     return TunableModel(model, parameters, start_state(parameters, base, tuning))
 
 

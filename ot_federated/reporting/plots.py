@@ -53,6 +53,32 @@ def plot_rounds(metrics: Sequence[Mapping[str, Any]], path: Path, *, title: str)
     save_figure(figure, path)
 
 
+def plot_memory(traces: Mapping[str, Sequence[Sequence[float]]], path: Path, *, levels: Mapping[str, float]) -> None:
+    """Draw the memory of processes over time.
+
+    Args:
+        traces: For each process its points: seconds, and resident MB.
+        path: The PNG to write.
+        levels: What to draw as horizontal lines, in MB, by name.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(9, 4.2), layout="constrained")
+    for name, points in traces.items():
+        axis.plot([point[0] for point in points], [point[1] for point in points], label=name)
+    for (name, level), style in zip(levels.items(), ("--", ":", "-.", "--"), strict=False):
+        axis.axhline(level, color="tab:grey", linestyle=style, label=name)
+    axis.set_xlabel("seconds since the process began its work")
+    axis.set_ylabel("resident memory (MB)")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    save_figure(figure, path)
+
+
 def _draw(axis: Any, rounds: Sequence[int], scores: Sequence[Mapping[str, Any]], measure: str, label: str) -> None:
     values = [score[measure] for score in scores]
     intervals = [score[f"{measure}_interval"] for score in scores]
