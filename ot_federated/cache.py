@@ -27,7 +27,8 @@ if sys.platform != "win32":
 cache_variable = "OT_FEDERATED_CACHE"
 state_variable = "XDG_STATE_HOME"
 partial_suffix = ".partial"
-full_disk = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+# EFBIG: the file is larger than this user (ulimit -f) or the file system allows.
+full_disk = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 refused = {errno.EACCES, errno.EPERM, errno.EROFS}
 digest_chunk_bytes = 2**20
 

@@ -63,9 +63,17 @@ def main(grid: Grid, context: Context) -> None:
             place = run or (RunDirectory(Path(output_dir).expanduser().absolute()) if output_dir else None)
             # A directory that holds another run's result is not this run's to write into.
             if place and (run or not (place.path / summary_file).exists()):
-                place.write_failure(describe_failure(error))
-                say("failed; the reason is in %s", place.path / failure_file)
+                note_failure(place, error)
             raise
+
+
+def note_failure(place: RunDirectory, error: Exception) -> None:
+    """Note in the run's directory why it failed; a disk too full for that must not hide the reason."""
+    try:
+        place.write_failure(describe_failure(error))
+        say("failed; the reason is in %s", place.path / failure_file)
+    except (OtFederatedError, OSError) as second:
+        logger.error("failed: %s (this could not be noted in the run's directory: %s)", describe_failure(error), second)
 
 
 def describe_failure(error: Exception) -> str:

@@ -13,7 +13,7 @@ from ot_federated.cache import atomic_write_text, file_lock
 from simulations.benchmarks.environment import hardware, versions
 
 results = Path(__file__).parent.parent / "results" / "faults.json"
-parts = ("schedules", "hostile", "poisoning", "fuzzing", "processes")
+parts = ("schedules", "stages", "hostile", "poisoning", "fuzzing", "processes")
 
 
 def update_results(part: str, value: Any, *, command: str, path: Path = results) -> None:

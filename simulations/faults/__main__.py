@@ -23,19 +23,19 @@ from simulations.faults.player import (
     play,
     write_questions,
 )
-from simulations.faults.schedules import Schedule, draw_schedule
+from simulations.faults.schedules import Schedule, draw_schedule, stage_schedules
 from simulations.small_model import save_small_model
 
 
 def play_all(
-    seeds: Sequence[int], directory: Path, *, num_jobs: int = 1, keep_failed: bool = False
+    schedules: Sequence[Schedule], directory: Path, *, num_jobs: int = 1, keep_failed: bool = False
 ) -> list[dict[str, Any]]:
-    """Play the schedules of ``seeds`` and return their outcomes; each is compared with a run without faults."""
+    """Play schedules and return their outcomes; each is compared with a run without faults."""
     # Forked processes must not find threads that are not theirs.
     torch.set_num_threads(1)
     model, data = save_small_model(directory / "model"), write_questions(directory / "questions.jsonl")
     references: dict[str, dict[str, str]] = {}
-    for aggregator in sorted({draw_schedule(seed).aggregator for seed in seeds}):
+    for aggregator in sorted({schedule.aggregator for schedule in schedules}):
         place = directory / f"whole-{aggregator}"
         whole = play(Schedule(-1, aggregator, ()), place, model=model, data=data)
         references[aggregator] = digest_delivered(place)
@@ -48,12 +48,12 @@ def play_all(
         if pid == 0:
             status = 1
             try:
-                for seed in seeds[job::num_jobs]:
-                    schedule, place = draw_schedule(seed), directory / f"seed-{seed}"
+                for schedule in schedules[job::num_jobs]:
+                    place = directory / f"seed-{schedule.seed}"
                     outcome = play(schedule, place, model=model, data=data)
                     outcome = check(outcome, place, reference=references[schedule.aggregator])
                     print(format_outcome(outcome), flush=True)
-                    (directory / f"outcome-{seed}.json").write_text(json.dumps(outcome))
+                    (directory / f"outcome-{schedule.seed}.json").write_text(json.dumps(outcome))
                     if outcome["correct"] or not keep_failed:
                         clear(place)
                 status = 0
@@ -63,7 +63,7 @@ def play_all(
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in jobs]
     if any(statuses):
         raise RuntimeError(f"Not all schedules were played to their end: {statuses}.")
-    return [json.loads((directory / f"outcome-{seed}.json").read_text()) for seed in seeds]
+    return [json.loads((directory / f"outcome-{schedule.seed}.json").read_text()) for schedule in schedules]
 
 
 def format_outcome(outcome: dict[str, Any]) -> str:
@@ -79,17 +79,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m simulations.faults", description=__doc__)
     parser.add_argument("--schedules", type=int, default=50)
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument(
+        "--stages", action="store_true", help="in place of seeds: the server dies at each of its stages"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="schedules that are played at the same time")
     parser.add_argument("--output", type=Path, default=results)
     parser.add_argument("--keep", type=Path, help="a directory for the files of schedules that end wrongly")
     parsed = parser.parse_args(words)
     seeds = range(parsed.first_seed, parsed.first_seed + parsed.schedules)
+    schedules = stage_schedules() if parsed.stages else [draw_schedule(seed) for seed in seeds]
     with tempfile.TemporaryDirectory() as temporary:
         directory = parsed.keep or Path(temporary)
         directory.mkdir(parents=True, exist_ok=True)
-        outcomes = play_all(seeds, directory, num_jobs=parsed.jobs, keep_failed=parsed.keep is not None)
+        outcomes = play_all(schedules, directory, num_jobs=parsed.jobs, keep_failed=parsed.keep is not None)
     command = shlex.join(["python", "-m", "simulations.faults", *words])
-    update_results("schedules", outcomes, command=command, path=parsed.output)
+    update_results("stages" if parsed.stages else "schedules", outcomes, command=command, path=parsed.output)
     num_correct = sum(outcome["correct"] for outcome in outcomes)
     lost, doubled = (sum(outcome[name] for outcome in outcomes) for name in ("lost_updates", "doubled_updates"))
     print(f"{num_correct} of {len(outcomes)} schedules end correctly; {lost} updates lost, {doubled} doubled")

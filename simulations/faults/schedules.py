@@ -34,6 +34,7 @@ server_stages = (
     "deliver",
     "sum up",
 )
+round_stages = ("train", "aggregate", "checkpoint", "metrics", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,23 @@ def draw_schedule(seed: int) -> Schedule:
             faults.append(Fault("server killed at a disk operation", count=dice.randint(1, 120)))
             continue
         stage = dice.choice(server_stages)
-        in_round = stage in ("train", "aggregate", "checkpoint", "metrics", "evaluate")
         faults.append(
             Fault(
                 "server killed",
                 stage=stage,
-                server_round=dice.randint(1, num_rounds) if in_round else 0,
+                server_round=dice.randint(1, num_rounds) if stage in round_stages else 0,
                 after=dice.random() < 0.5,
             )
         )
     return Schedule(seed, dice.choice(aggregators), tuple(dict.fromkeys(faults)))
+
+
+def stage_schedules() -> list[Schedule]:
+    """Return a schedule for each stage at which the server can die, before it and after it, and nothing else."""
+    found: list[Schedule] = []
+    for stage in server_stages:
+        server_round = 2 if stage in round_stages else 0
+        for after in (False, True):
+            fault = Fault("server killed", stage=stage, server_round=server_round, after=after)
+            found.append(Schedule(1000 + len(found), "fedadam", (fault,)))
+    return found
