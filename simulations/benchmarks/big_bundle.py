@@ -285,8 +285,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_as_part(parsed)
     with tempfile.TemporaryDirectory(dir=parsed.place) as temporary:
         found = measure(Path(temporary), hidden=parsed.hidden, shard_bytes=parsed.shard_bytes)
+    # Where the files go is no part of what was measured.
+    what = ["--hidden", str(parsed.hidden), "--shard-bytes", str(parsed.shard_bytes)]
     write_results(
-        parsed.output, command=shlex.join(["python", "-m", "simulations.benchmarks.big_bundle", *words]), **found
+        parsed.output, command=shlex.join(["python", "-m", "simulations.benchmarks.big_bundle", *what]), **found
     )
     traces = {name: part["trace"] for name, part in found["processes"].items()}
     plot_memory(traces, parsed.output.with_suffix(".png"), levels={"the bundle's own bytes": found["bundle_mb"]})

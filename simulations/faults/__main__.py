@@ -92,7 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         directory = parsed.keep or Path(temporary)
         directory.mkdir(parents=True, exist_ok=True)
         outcomes = play_all(schedules, directory, num_jobs=parsed.jobs, keep_failed=parsed.keep is not None)
-    command = shlex.join(["python", "-m", "simulations.faults", *words])
+    # Where the files go is no part of what was measured.
+    what = ["--stages"] if parsed.stages else ["--schedules", parsed.schedules, "--first-seed", parsed.first_seed]
+    command = shlex.join(["python", "-m", "simulations.faults", *map(str, what), "--jobs", str(parsed.jobs)])
     update_results("stages" if parsed.stages else "schedules", outcomes, command=command, path=parsed.output)
     num_correct = sum(outcome["correct"] for outcome in outcomes)
     lost, doubled = (sum(outcome[name] for outcome in outcomes) for name in ("lost_updates", "doubled_updates"))
