@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ot_federated.bundle import Manifest
+from ot_federated.bundle import Manifest, check_config
 from ot_federated.data_owner.fine_tuning import load_processor_once
 from ot_federated.emulated_model import load_emulated_model
 from ot_federated.errors import BundleError
@@ -87,3 +87,11 @@ def test_code_beside_the_tokenizer_is_not_run(tmp_path: Path) -> None:
     tokenizer = load_processor_once(str(tmp_path))
     assert tokenizer("a")["input_ids"] == byte_tokenizer()("a")["input_ids"]
     assert not (tmp_path / "was-run").exists()
+
+
+@pytest.mark.parametrize("field", ["auto_map", "_attn_implementation"])
+def test_code_in_a_config_inside_the_config_is_refused(field: str) -> None:
+    with pytest.raises(BundleError, match=field):
+        check_config({"vision_config": {"hidden_size": 8, field: "someone/kernel"}})
+    with pytest.raises(BundleError, match="hidden_size"):
+        check_config({"vision_config": {"hidden_size": 2**40}})

@@ -1,0 +1,53 @@
+"""Image classification from end to end on a small ViT: the head is trained, aggregated, resumed and delivered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from tests.families import save_image_model
+from tests.federations import run_federation
+
+pytest.importorskip("sklearn")
+digits = {
+    "task.name": "image-classification",
+    "data.train": "sklearn:digits:train",
+    "data.validation": "sklearn:digits:validation",
+    "data.test": "sklearn:digits:test",
+    "data.max-train-examples": 120,
+    "data.partitioner": "dirichlet",
+    "offsite.public-text": "sklearn:digits:public",
+    "offsite.keep": "influence",
+    "offsite.gaps": "bridge",
+    "offsite.calibration-tokens": 512,
+    "evaluation.max-examples": 60,
+}
+
+
+def test_a_head_is_tuned_and_delivered(tmp_path: Path) -> None:
+    model = save_image_model(tmp_path / "vit")
+    run = run_federation(
+        tmp_path, model, settings={**digits, "num-server-rounds": 2, "evaluation.full-fine-tuning": True}
+    )
+    summary = run.summary
+    assert summary["federation"]["num_failures"] == 0
+    # An untrained head would be at 10 %: the probe on public labels is not.
+    assert summary["rows"]["full_zero_shot"]["accuracy"] > 0.3
+    assert summary["rows"]["plug_in"]["loss"] < summary["rows"]["full_zero_shot"]["loss"]
+    assert summary["rows"]["full_fine_tuned"]["num_examples"] == 60
+    delivered = AutoModelForImageClassification.from_pretrained(run.output / "model")
+    assert delivered.config.id2label == {number: str(number) for number in range(10)}
+    assert AutoImageProcessor.from_pretrained(run.output / "model").size["height"] == 28
+    adapter = load_file(run.output / "adapter" / "adapter.safetensors")
+    assert (adapter["classifier.weight"] == delivered.get_submodule("classifier").weight).all()
+    assert "AutoModelForImageClassification" in (run.output / "model" / "README.md").read_text()
+
+
+def test_private_training_of_blocks_and_head(tmp_path: Path) -> None:
+    private = {"privacy.mode": "example", "privacy.target-epsilon": 8.0, "train.max-steps": 2, "train.batch-size": 8}
+    run = run_federation(tmp_path, save_image_model(tmp_path / "vit"), settings={**digits, **private})
+    assert run.summary["federation"]["num_failures"] == 0
+    assert run.summary["privacy"]["largest_epsilon_reported"] <= 8.01
