@@ -32,16 +32,14 @@ def summarise(level: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "mean_lower_bound": mean(bounds),
         "num_below_claim": sum(claim is None or bound <= claim for bound, claim in zip(bounds, claims, strict=True)),
         "attacks": {
-            name: {
-                measure: list(interval_of([run["membership"][name][measure] for run in runs])) for measure in measures
-            }
+            name: {measure: _share([run["membership"][name][measure] for run in runs]) for measure in measures}
             for name in runs[0]["membership"]
         },
         "exposure_bits": list(interval_of([run["exposure"]["mean_bits"] for run in runs])),
         "exposure_chance_bits": mean(run["exposure"]["chance_bits"] for run in runs),
-        "tokens_recovered": list(interval_of([token["recovered"] for token in tokens])) if tokens else None,
+        "tokens_recovered": _share([token["recovered"] for token in tokens]) if tokens else None,
         "tokens_chance": mean(token["chance"] for token in tokens) if tokens else None,
-        "token_auc": list(interval_of([token["auc"] for token in tokens])) if tokens else None,
+        "token_auc": _share([token["auc"] for token in tokens]) if tokens else None,
         "num_tokens_at_chance": sum(token["at_chance"] for token in tokens),
         "num_token_runs": len(tokens),
     }
@@ -73,6 +71,12 @@ def describe_levels(levels: Sequence[Mapping[str, Any]]) -> str:
         for row in [head, *rows]
     ]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def _share(values: Sequence[float]) -> list[float]:
+    """Return mean and interval of what lies between 0 and 1."""
+    centre, low, high = interval_of(values)
+    return [centre, max(0.0, low), min(1.0, high)]
 
 
 def _below(level: Mapping[str, Any]) -> str:
