@@ -168,7 +168,7 @@ def test_from_settings_to_a_bundle(family: str, tmp_path: Path, monkeypatch: pyt
 
 
 def test_bad_input_is_refused_with_the_choices() -> None:
-    with pytest.raises(DataError, match="too few to distil on"):
+    with pytest.raises(DataError, match="too little to distil on"):
         hold_out(windows[:1])
     for bad, message in (
         ({"offsite.gaps": "trained-bridge"}, "needs offsite.distillation-steps"),
