@@ -36,6 +36,10 @@ format_version = 2
 manifest_name = "manifest.json"
 max_manifest_bytes = 4 * 2**20
 realignment_file = "realignment.safetensors"
+# Limits of what a stranger's manifest may ask for; every known model stays far below them.
+max_files, max_stack_entries, max_companion_bytes, max_header_bytes = 64, 1024, 2**28, 2**25
+# Tensors, structure, and what tokenizers are saved as. Nothing that is unpickled or run: no .bin, .pt, .pkl, .py.
+accepted_suffixes = (".safetensors", ".json", ".txt", ".model", ".jinja")
 weight_files = ("adapter.safetensors", "emulator.safetensors", "frozen.safetensors")
 
 # Tensor names of a classification head begin with it.
@@ -180,19 +184,42 @@ def parse_manifest(text: bytes, *, digest: str | None = None) -> Manifest:
         manifest = Manifest(**raw)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BundleError(f"The manifest cannot be read ({type(error).__name__}: {error}).") from error
-    _check_manifest(manifest)
+    try:
+        _check_manifest(manifest)
+        manifest.to_bytes()  # text that is no UTF-8 would fail later
+    except (RecursionError, TypeError, ValueError) as error:
+        raise BundleError(
+            "The manifest is nested too deeply, has a list where it needs a name, or text that is none "
+            f"({type(error).__name__})."
+        ) from error
     return manifest
 
 
 def _check_manifest(manifest: Manifest) -> None:
     _check_types(manifest)
     names = [file.name for file in manifest.files]
+    if len(names) > max_files or len(manifest.stack) > max_stack_entries:
+        raise BundleError(
+            f"The manifest has {len(names)} files and {len(manifest.stack)} blocks; at most {max_files} and "
+            f"{max_stack_entries} are accepted."
+        )
     for file in manifest.files:
         # A name from the wire becomes a path on the client's disk: one plain component, nothing hidden.
         if not (isinstance(file.name, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}", file.name)):
-            raise BundleError(f"The manifest names a file {file.name!r}; only plain file names are accepted.")
+            raise BundleError(f"The manifest names a file {file.name!r:.200}; only plain file names are accepted.")
+        if not file.name.endswith(accepted_suffixes):
+            raise BundleError(
+                f"The manifest names a file {file.name!r}, which could hold code or a pickle; a bundle has only files "
+                f"that end in {', '.join(accepted_suffixes)}."
+            )
         if type(file.num_bytes) is not int or not 0 <= file.num_bytes < 2**44:
-            raise BundleError(f"The manifest gives {file.name} the size {file.num_bytes!r}.")
+            raise BundleError(f"The manifest gives {file.name} the size {file.num_bytes!r:.200}.")
+        if not file.name.endswith(".safetensors") and file.num_bytes > max_companion_bytes:
+            # Read into memory as a whole, unlike tensors.
+            raise BundleError(
+                f"The manifest gives {file.name} {file.num_bytes:,} bytes; {max_companion_bytes:,} are accepted of a "
+                "tokenizer's file."
+            )
         if not re.fullmatch(r"[0-9a-f]{64}", str(file.sha256)):
             raise BundleError(f"The manifest gives {file.name} the digest {file.sha256!r}, which is no SHA-256.")
     if len(set(names)) != len(names) or manifest_name in names:
@@ -253,9 +280,13 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise BundleError(f"The manifest's config sets {named[0]!r}, which could make this side run a stranger's code.")
     # The weights are compared with these numbers only after a model was built from them.
     for part in config_parts(dict(config)):
-        large = [field for field, value in part.items() if isinstance(value, int) and abs(value) > 2**31]
-        if large:
-            raise BundleError(f"The manifest's config sets {large[0]!r} to {part[large[0]]}, which no model has.")
+        for field, value in part.items():
+            if isinstance(value, int) and abs(value) > _config_limits.get(field, 2**24):
+                raise BundleError(f"The manifest's config sets {field!r:.100} to {value!r:.100}, which no model has.")
+
+
+# Of these transformers makes lists as soon as it reads them.
+_config_limits = {"num_labels": 2**15, "num_hidden_layers": 4096, "n_layer": 4096}
 
 
 def read_manifest(directory: Path, *, digest: str | None = None) -> Manifest:
@@ -267,6 +298,8 @@ def read_manifest(directory: Path, *, digest: str | None = None) -> Manifest:
     path = directory / manifest_name
     if not path.is_file():
         raise BundleError(f"{directory} is not a bundle: it has no {manifest_name}.")
+    if (num_bytes := path.stat().st_size) > max_manifest_bytes:
+        raise BundleError(f"{path} has {num_bytes:,} bytes; at most {max_manifest_bytes:,} are accepted.")
     return parse_manifest(path.read_bytes(), digest=digest)
 
 
@@ -304,6 +337,13 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        with path.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+        if header_bytes > max_header_bytes:
+            raise BundleError(
+                f"{path} is not a readable safetensors file: a header of {header_bytes:,} bytes; {max_header_bytes:,} "
+                "are accepted."
+            )
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except (SafetensorError, OSError) as error:

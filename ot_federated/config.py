@@ -359,6 +359,25 @@ class StrategyConfig:
         "Aggregation is always in float32.",
         choices=("float32", "float16", "bfloat16"),
     )
+    max_update_norm: float = setting(
+        0.0, "An update whose L2 norm is above this is rejected; 0: no such bound.", minimum=0
+    )
+    max_norm_ratio: float = setting(
+        100.0,
+        "An update is rejected whose norm is above so many times the median of the round's, of three updates or more; "
+        "0: no such bound. 3 withstands scaled updates where clients take equally many steps.",
+        minimum=0,
+    )
+    max_examples: int = setting(
+        1_000_000,
+        "A client that claims more examples, which are its weight in a mean, is rejected; 0: no such bound.",
+        minimum=0,
+    )
+    max_rejections: int = setting(
+        3,
+        "A client is put aside for the rest of the run after so many rejected replies; 0: never.",
+        minimum=0,
+    )
     secure_aggregation: bool = setting(
         False,
         "SecAgg+: the server learns the mean of the updates, every client counting the same, and no single one. Needs "
@@ -636,10 +655,19 @@ def _check_secure_aggregation(config: RunConfig) -> None:
             f"strategy.secure-aggregation=true does not go with strategy.name={config.strategy.name!r}, which compares "
             f"single updates: the server sees none. Take one of {', '.join(mean_aggregators)}."
         )
+    _check_no_norm_bound(config, "strategy.secure-aggregation=true", "the server sees no single update")
     if config.privacy.mode == "client":
         raise ConfigError(
             "strategy.secure-aggregation=true does not go with privacy.mode='client': the server cannot clip updates "
             "that it does not see. Take privacy.mode='example', which every client does for itself."
+        )
+
+
+def _check_no_norm_bound(config: RunConfig, other: str, reason: str) -> None:
+    if config.strategy.max_update_norm:
+        raise ConfigError(
+            f"strategy.max-update-norm={config.strategy.max_update_norm:g} does not go with {other}: {reason}. Set it "
+            "to 0."
         )
 
 
@@ -656,6 +684,7 @@ def _check_client_privacy(config: RunConfig) -> None:
             "only their noised mean may be used. Clipping already bounds what a faulty client can do. Take one of "
             f"{', '.join(mean_aggregators)}."
         )
+    _check_no_norm_bound(config, "privacy.mode='client'", "it clips every update to privacy.update-norm")
     if privacy.clients_per_round < max(1, strategy.min_nodes):
         raise ConfigError(
             f"privacy.mode='client' with privacy.clients-per-round={privacy.clients_per_round}: it must be set, to at "

@@ -88,6 +88,10 @@ def build_emulated_model(manifest: Manifest, tensors: Mapping[str, torch.Tensor]
         config = AutoConfig.for_model(manifest.model_type, **fields)
         architecture = find_architecture(config)
         auto_class = choose_auto_class(architecture, classifies=bool(manifest.classes))
+        # Before a model is built: that takes time and memory for each block.
+        depth = block_config(config, architecture).num_hidden_layers
+        if depth != len(manifest.stack):
+            raise BundleError(f"The bundle's config has {depth!r:.100} blocks, its stack {len(manifest.stack)}.")
         # Parameters stay on the meta device until the bundle's tensors take their place; buffers (rotary
         # frequencies, for one) are computed for real because no file carries them.
         with init_empty_weights(include_buffers=False):

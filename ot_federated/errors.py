@@ -48,6 +48,10 @@ class ProtocolError(OtFederatedError):
     """A peer sent a message that the protocol does not allow."""
 
 
+class RefusalError(ProtocolError):
+    """A peer refused or broke down, and said so as the protocol wants: it has done nothing wrong."""
+
+
 class CheckpointError(OtFederatedError):
     """A checkpoint is damaged or belongs to another configuration."""
 

@@ -25,7 +25,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from ot_federated.bundle_shards import piece_sizes
-from ot_federated.errors import ProtocolError
+from ot_federated.errors import ProtocolError, RefusalError
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ def decode_update(record: ArrayRecord, reference: Mapping[str, torch.Tensor], *,
 
     missing, unknown = sorted(reference.keys() - record.keys()), sorted(record.keys() - reference.keys())
     if missing or unknown:
-        raise ProtocolError(f"arrays are missing {missing[:3]} or unknown {unknown[:3]}")
+        raise ProtocolError(f"arrays are missing {missing[:3]!s:.500} or unknown {unknown[:3]!s:.500}")
     weights = {}
     for name, base in reference.items():
         values = read_array(record[name], name=name, dtype=_wire_dtypes[dtype], shape=tuple(base.shape))
@@ -95,9 +95,9 @@ def read_array(array: Array, *, name: str, dtype: np.dtype, shape: tuple[int, ..
         ProtocolError: If type, shape or size are not the expected ones, or the bytes cannot be read.
     """
     if array.stype != "numpy.ndarray":
-        raise ProtocolError(f"{name} is serialised as {array.stype!r}, not as numpy.ndarray")
+        raise ProtocolError(f"{name} is serialised as {array.stype!r:.100}, not as numpy.ndarray")
     if array.dtype != dtype.name or tuple(array.shape) != shape:
-        raise ProtocolError(f"{name} is {array.dtype} {tuple(array.shape)}, not {dtype.name} {shape}")
+        raise ProtocolError(f"{name} is {array.dtype!s:.100} {tuple(array.shape)!s:.200}, not {dtype.name} {shape}")
     # The bytes must begin with the very header that numpy writes for this type and shape. So no parser ever reads a
     # stranger's header, which could name another size, a zip archive or a pickle.
     header = npy_header(dtype, shape)
@@ -166,8 +166,8 @@ def config_of(message: Message) -> ConfigRecord:
         raise ProtocolError("the message has no config record")
     if record.get("wire-version") != wire_version:
         raise ProtocolError(
-            f"the peer speaks wire version {record.get('wire-version')!r}, this side {wire_version}: install the same "
-            "release of ot-federated on both sides"
+            f"the peer speaks wire version {record.get('wire-version')!r:.100}, this side {wire_version}: install "
+            "the same release of ot-federated on both sides"
         )
     return record
 
@@ -180,8 +180,13 @@ def text_field(record: ConfigRecord, name: str) -> str:
     """
     value = record.get(name)
     if not isinstance(value, str):
-        raise ProtocolError(f"the field {name!r} is {value!r}, not text")
+        raise ProtocolError(f"the field {name!r} is {value!r:.200}, not text")
     return value
+
+
+def plain_text(text: str, *, max_length: int = 2000) -> str:
+    """Return what a peer wrote as one line that can be logged and shown in a terminal, cut at ``max_length``."""
+    return "".join(character if character.isprintable() else "?" for character in text[:max_length])
 
 
 def int_field(record: ConfigRecord, name: str) -> int:
@@ -192,7 +197,7 @@ def int_field(record: ConfigRecord, name: str) -> int:
     """
     value = record.get(name)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ProtocolError(f"the field {name!r} is {value!r}, not a count")
+        raise ProtocolError(f"the field {name!r} is {value!r:.200}, not a count")
     return value
 
 
@@ -239,11 +244,12 @@ def parse_hello(message: Message, *, num_shards: int, num_changed_shards: Mappin
         num_changed_shards: Shards of what changed since each earlier version, by its digest.
 
     Raises:
-        ProtocolError: If it is malformed, or the client refused (with its reason).
+        RefusalError: If the client refused: its reason.
+        ProtocolError: If it is malformed.
     """
     record = config_of(message)
     if text_field(record, "status") != "ok":
-        raise ProtocolError(text_field(record, "reason"))
+        raise RefusalError(plain_text(text_field(record, "reason")))
     base = text_field(record, "base-digest") if record.get("base-digest") else ""
     if base:
         if base not in (num_changed_shards or {}):
@@ -253,7 +259,8 @@ def parse_hello(message: Message, *, num_shards: int, num_changed_shards: Mappin
     if not isinstance(missing, list) or any(
         isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < num_shards for index in missing
     ):
-        raise ProtocolError(f"the client lacks shards {missing!r} of {num_shards}")
-    return Hello(
-        text_field(record, "name")[:100], text_field(record, "cache-id")[:100], tuple(sorted(set(missing))), base
-    )
+        raise ProtocolError(f"the client lacks shards {missing!r:.200} of {num_shards}")
+    name = plain_text(text_field(record, "name"), max_length=100)
+    if not name.strip():
+        raise ProtocolError("the client has no name")
+    return Hello(name, text_field(record, "cache-id")[:100], tuple(sorted(set(missing))), base)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ot_federated.architectures import Architecture, block_config
-from ot_federated.errors import ConfigError
+from ot_federated.errors import BundleError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
@@ -29,9 +29,23 @@ def load_processor(place: str, *, kind: str, **arguments: Any) -> Processor:
 
 
 def load_bundle_processor(directory: Path) -> Processor:
-    """Load the processor that stands in a bundle's directory."""
+    """Load the processor that stands in a bundle's directory; code that lies beside it is never run.
+
+    Raises:
+        BundleError: If its files are not those of a processor.
+    """
     kind = "image" if (directory / image_processor_file).is_file() else "text"
-    return load_processor(str(directory), kind=kind)
+    try:
+        return load_processor(str(directory), kind=kind, local_files_only=True)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # Whatever comes of files that a stranger wrote. A panic of the Rust library is no Exception.
+    except BaseException as error:
+        name = "image processor" if kind == "image" else "tokenizer"
+        raise BundleError(
+            f"The bundle's {name} cannot be loaded ({type(error).__name__}). It was altered, or made by another "
+            "release of transformers."
+        ) from error
 
 
 def set_image_size(processor: Any, size: int, *, architecture: Architecture, config: Any) -> None:

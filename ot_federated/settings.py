@@ -12,6 +12,9 @@ type_names = {bool: "true or false", int: "an integer", float: "a number", str: 
 Scalar = bool | int | float | str
 
 
+max_text_length = 10_000
+
+
 def setting(
     default: Scalar,
     doc: str,
@@ -46,10 +49,15 @@ def check_value(key: Key, value: object) -> Scalar:
     Raises:
         ConfigError: If the type is wrong or the value is out of range; the message says what is allowed.
     """
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{key.name} is out of range: no setting has more than 64 bits.")
     if key.type is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not key.type:
-        raise ConfigError(f"{key.name} must be {type_names[key.type]}, not {value!r}.")
+        raise ConfigError(f"{key.name} must be {type_names[key.type]}, not {value!r:.200}.")
+    if isinstance(value, str) and len(value) > max_text_length:
+        # A prompt, for one, is joined with every example of a client.
+        raise ConfigError(f"{key.name} has {len(value)} characters; at most {max_text_length} are accepted.")
     if isinstance(value, str) and key.choices and value not in key.choices:
         hint = nearest_match(value, key.choices)
         raise ConfigError(f"{key.name}={value!r} is not one of {', '.join(key.choices)}{hint}.")

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 
 from ot_federated.bundle import Manifest, manifest_name
 from ot_federated.bundle_shards import changed_part, count_shards, read_pieces, shard_size
-from ot_federated.errors import ProtocolError
+from ot_federated.errors import ProtocolError, RefusalError
 from ot_federated.messages import (
     Hello,
     build_content,
@@ -26,6 +26,7 @@ from ot_federated.messages import (
     encode_shard,
     hello_type,
     parse_hello,
+    plain_text,
     shard_type,
     text_field,
     train_type,
@@ -120,6 +121,7 @@ class Conversation:
         max_retries: How often it is asked again after its process or its connection broke.
         reply: Its answer to ``train``, once it came.
         failure: Why it takes no further part, once it does not.
+        rejected: Whether that is a reply that no honest client gives.
         num_bundle_bytes: Bytes of shards sent to it.
         num_deliveries: How often it was asked what it lacks.
         num_retries: How often it was asked again.
@@ -135,6 +137,7 @@ class Conversation:
     max_retries: int = 0
     reply: Message | None = None
     failure: str = ""
+    rejected: bool = False
     num_bundle_bytes: int = 0
     num_deliveries: int = 0
     num_retries: int = 0
@@ -167,11 +170,11 @@ class Conversation:
         """Return the question which shards the client lacks.
 
         Raises:
-            ProtocolError: If it has been given the bundle too often in this round.
+            RefusalError: If it has been given the bundle too often in this round.
         """
         self.num_deliveries += 1
         if self.num_deliveries >= max_deliveries:
-            raise ProtocolError(f"the client lacked the bundle {self.num_deliveries} times in one round")
+            raise RefusalError(f"the client lacked the bundle {self.num_deliveries} times in one round")
         return self._message(self.source.hello_content(), hello_type)
 
     def listen(self, reply: Message) -> Message | Again | None:
@@ -181,7 +184,7 @@ class Conversation:
                 return self.repeat()
             return self._listen(reply)
         except ProtocolError as error:
-            self.failure = str(error)
+            self.failure, self.rejected = str(error), not isinstance(error, RefusalError)
             return None
 
     def lose(self, reason: str) -> Again | None:
@@ -200,8 +203,11 @@ class Conversation:
 
     def _listen(self, reply: Message) -> Message | None:
         raise_flower_error(reply)
+        if reply.metadata.src_node_id != self.node_id:
+            # Whatever it says, it came in answer to this node's message.
+            raise ProtocolError(f"it claims to come from node {reply.metadata.src_node_id}")
         if reply.metadata.message_type != self.asked:
-            raise ProtocolError(f"it answers {reply.metadata.message_type!r} to {self.asked!r}")
+            raise ProtocolError(f"it answers {reply.metadata.message_type!r:.100} to {self.asked!r}")
         if reply.metadata.message_type == hello_type:
             # Its name stays: the model owner may know it by another than its own.
             self.hello = replace(self.source.read_hello(reply), name=self.hello.name)
@@ -212,7 +218,7 @@ class Conversation:
         if status == "bundle-missing":
             return self.ask()
         if status != "ok":
-            raise ProtocolError(text_field(record, "reason")[:2000])
+            raise RefusalError(plain_text(text_field(record, "reason")))
         if reply.metadata.message_type == shard_type:
             self.missing.pop(0)
             return None if self.done else self.speak()
@@ -233,7 +239,7 @@ def raise_flower_error(reply: Message) -> None:
     """Raise what Flower reports in place of a client's reply.
 
     Raises:
-        ProtocolError: If the reply is an error reply.
+        RefusalError: If the reply is an error reply.
     """
     if reply.has_error():
         reason = re.sub(r"\x1b\[[0-9;]*m", "", str(reply.error.reason))
@@ -241,7 +247,7 @@ def raise_flower_error(reply: Message) -> None:
         if "ActorDiedError" in reason:
             # Flower gives a dead Ray worker to the next client, which then fails too.
             lines = ["its Ray worker died, most likely for lack of memory: let fewer train at once (client-num-cpus)"]
-        raise ProtocolError(f"Flower reports error {reply.error.code}: {lines[-1][:500]}")
+        raise RefusalError(f"Flower reports error {reply.error.code}: {plain_text(lines[-1], max_length=500)}")
 
 
 def hold_conversations(

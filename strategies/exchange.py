@@ -24,16 +24,30 @@ class NodeTimeoutError(OtFederatedError):
 
 
 def wait_for_nodes(
-    grid: Grid, *, min_nodes: int, timeout_seconds: float, on_progress: Callable[[str], None], why: str = ""
+    grid: Grid,
+    *,
+    min_nodes: int,
+    timeout_seconds: float,
+    on_progress: Callable[[str], None],
+    without: Callable[[int], bool] = lambda _node_id: False,
+    why: str = "",
 ) -> list[int]:
-    """Return the ids of the connected nodes once there are ``min_nodes``; ``why`` ends the message of an error.
+    """Return the ids of the connected nodes once there are ``min_nodes``.
+
+    Args:
+        grid: Flower's grid.
+        min_nodes: So many are waited for.
+        timeout_seconds: Longest wait.
+        on_progress: Told how many are connected.
+        without: Says of a node whether it is to be left out.
+        why: Ends the message of an error.
 
     Raises:
         NodeTimeoutError: If they do not come in time.
     """
     deadline = time.monotonic() + timeout_seconds
     told = -1
-    while len(node_ids := sorted(grid.get_node_ids())) < min_nodes:
+    while len(node_ids := sorted(node_id for node_id in grid.get_node_ids() if not without(node_id))) < min_nodes:
         if time.monotonic() > deadline:
             raise NodeTimeoutError(
                 f"{len(node_ids)} of at least {min_nodes} clients connected within {timeout_seconds:g} s. Start more "

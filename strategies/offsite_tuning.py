@@ -21,29 +21,28 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from ot_federated.errors import ConfigError, OtFederatedError, ProtocolError
+from ot_federated.errors import ConfigError, OtFederatedError, ProtocolError, RefusalError
 from ot_federated.logs import add_log_fields, log_fields, logger
 from ot_federated.messages import (
     Hello,
     arrays_key,
     build_content,
-    config_of,
     decode_update,
     encode_update,
     hello_type,
-    int_field,
     metrics_key,
     num_array_bytes,
-    text_field,
     train_type,
 )
 from strategies.aggregators import Aggregator, fit_selection
 from strategies.client_level_privacy import NoisedMean
 from strategies.conversation import BundleSource, Conversation, hold_conversations, is_broken, raise_flower_error
 from strategies.exchange import Again, FixedNodes, Patience, exchange, wait_for_nodes
-from strategies.replies import RoundRecord, count_metric, describe_reply, record_tensors, tensors_record
+from strategies.rejections import Rejections
+from strategies.replies import RoundRecord, describe_reply, record_tensors, tensors_record
 from strategies.secure_aggregation import aggregate_securely, min_clients, quantisation_error
 from strategies.traffic import MeteredGrid
+from strategies.validation import Bounds, ValidReply, find_outliers, read_reply
 
 
 class AggregationError(OtFederatedError):
@@ -66,6 +65,8 @@ class OffsiteTuning(Strategy):
         straggler_seconds: Once enough replies are there, longest wait for the others; 0 for no such limit.
         node_timeout_seconds: Longest wait for ``min_nodes``.
         secure_range: Aggregate securely, numbers of an update within plus and minus this; None for plain replies.
+        bounds: What no honest client's update exceeds.
+        rejections: Whose replies were rejected, and how many put a client aside; None to put none aside.
         seed: Seed of the choice of clients.
         run_id: Identifies the run, also after it was resumed; clients account for privacy under it.
         first_round: The round to begin with; above 1 when a run is continued.
@@ -92,6 +93,8 @@ class OffsiteTuning(Strategy):
         straggler_seconds: float = 0.0,
         node_timeout_seconds: float = 300.0,
         secure_range: float | None = None,
+        bounds: Bounds | None = None,
+        rejections: Rejections | None = None,
         seed: int = 0,
         run_id: str = "run",
         first_round: int = 1,
@@ -120,6 +123,8 @@ class OffsiteTuning(Strategy):
         if secure_range is not None and self.min_nodes < min_clients:
             self.min_nodes = min_clients
             self._need = f" Secure aggregation needs {min_clients} clients: with fewer it would hide nothing."
+        self.bounds = bounds or Bounds()
+        self.rejections = rejections or Rejections()
         self.node_timeout_seconds = node_timeout_seconds
         self.seed = seed
         self.run_id = run_id
@@ -219,14 +224,19 @@ class OffsiteTuning(Strategy):
             min_nodes=self.min_nodes,
             timeout_seconds=self.node_timeout_seconds,
             on_progress=self.on_progress,
+            without=self.rejections.is_aside,
             why=self._need,
         )
         self._greet(grid, [node_id for node_id in node_ids if node_id not in self.hellos])
-        present = [node_id for node_id in node_ids if node_id in self.hellos]
+        greeted = {node_id: self.hellos[node_id].name for node_id in node_ids if node_id in self.hellos}
+        self.rejections.recognise(dict.fromkeys(grid.get_node_ids(), "") | greeted)
+        present = [node_id for node_id in greeted if not self.rejections.is_aside(node_id)]
+        self.record.put_aside = self.rejections.names_aside()
         if len(present) < self.min_nodes:
             raise AggregationError(
                 f"Round {server_round}: {len(present)} of {len(node_ids)} clients can take part and "
-                f"strategy.min-nodes needs {self.min_nodes}. Their reasons: {self.record.failures or 'none given'}."
+                f"strategy.min-nodes needs {self.min_nodes}. Their reasons: {self.record.failures or 'none given'}. "
+                f"Put aside for rejected replies: {', '.join(self.record.put_aside) or 'nobody'}."
             )
         if self.aggregator.delta * len(present) >= 1:
             raise ConfigError(
@@ -295,8 +305,10 @@ class OffsiteTuning(Strategy):
                 hello = self.source.read_hello(reply)
                 # The name under which the model owner registered the node's key, before the one it gives itself.
                 self.hellos[node_id] = replace(hello, name=registered.get(node_id) or hello.name)
-            except ProtocolError as error:
+            except RefusalError as error:
                 lose(node_id, str(error))
+            except ProtocolError as error:
+                self._reject(node_id, f"node {node_id}", str(error))
             return []
 
         def lose(node_id: int, reason: str) -> list[Again]:
@@ -342,7 +354,10 @@ class OffsiteTuning(Strategy):
         )
         for conversation in conversations:
             self.record.bundle_bytes += conversation.num_bundle_bytes
-            if conversation.failure:
+            if conversation.rejected:
+                self._reject(conversation.node_id, names[conversation.node_id], conversation.failure)
+                del self.hellos[conversation.node_id]
+            elif conversation.failure:
                 self.record.failures[names[conversation.node_id]] = conversation.failure
                 # Ask again who it is before the next round: it may have lost its bundle, or be gone.
                 del self.hellos[conversation.node_id]
@@ -430,15 +445,18 @@ class OffsiteTuning(Strategy):
         Raises:
             AggregationError: If fewer replies are valid than ``min_replies``.
         """
-        valid = []
+        checked: list[ValidReply] = []
         for reply in replies:
-            name = self._name(reply.metadata.src_node_id)
             try:
-                valid.append(self._validate(server_round, reply))
+                checked.append(self._read(server_round, reply))
             except ProtocolError as error:
-                self.record.failures[name] = f"rejected: {error}"
-                with log_fields(node=name):
-                    self.on_progress(f"round {server_round}  {name}  reply rejected: {error}")
+                self._reject(reply.metadata.src_node_id, self._name(reply.metadata.src_node_id), str(error))
+        outliers = find_outliers(checked, bounds=self.bounds)
+        for index, reason in outliers.items():
+            node_id = checked[index].message.metadata.src_node_id
+            self._reject(node_id, self._name(node_id), reason)
+        self.record.put_aside = self.rejections.names_aside()
+        valid = [self._count(reply) for index, reply in enumerate(checked) if index not in outliers]
         self.record.num_replies = len(valid)
         if len(valid) < self._num_needed():
             raise AggregationError(
@@ -466,56 +484,49 @@ class OffsiteTuning(Strategy):
         result = {name: array.numpy().astype(np.float32) for name, array in arrays.items()}
         return ArrayRecord({name: Array(result[name]) for name in self.reference}), metrics
 
-    def _validate(self, server_round: int, reply: Message) -> Message:
-        """Return the reply as Flower's aggregators want it: one record of fp32 weights, one of metrics.
+    def _reject(self, node_id: int, name: str, reason: str) -> None:
+        """Note that a client sent what no honest one sends; over the limit it is not asked again."""
+        aside = self.rejections.add(node_id, name=name, reason=reason)
+        self.record.failures[name] = f"rejected: {reason}"
+        with log_fields(node=name):
+            self.on_progress(f"round {self.record.number}  {name}  reply rejected: {reason}")
+            if aside:
+                self.on_progress(
+                    f"{name} is put aside for the rest of the run, after "
+                    f"{self.rejections.offenders[node_id].num_rejections} rejected replies (strategy.max-rejections)"
+                )
 
-        Raises:
-            ProtocolError: If anything in it is not what was asked for.
-        """
-        record = config_of(reply)
-        if (replied := int_field(record, "server-round")) != server_round:
-            raise ProtocolError(f"it answers round {replied}")
-        if (digest := text_field(record, "bundle-digest")) != self.source.digest:
-            raise ProtocolError(f"it was trained on the bundle {digest[:12]}, not {self.source.digest[:12]}")
-        arrays = reply.content.array_records.get(arrays_key)
-        metrics = reply.content.metric_records.get(metrics_key)
-        if arrays is None or metrics is None:
-            raise ProtocolError("it lacks its arrays or its metrics")
-        # A private reply tells neither loss nor counts; its weight is 1.
-        num_examples, loss = count_metric(metrics, "num-examples"), metrics.get("loss")
-        if num_examples == 0:
-            raise ProtocolError("num-examples is 0")
-        if loss is not None and not (isinstance(loss, float) and math.isfinite(loss)):
-            raise ProtocolError(f"loss is {loss!r}")
-        weights = decode_update(arrays, self._sent, dtype=self.update_dtype)
-        num_steps = count_metric(metrics, "num-steps", default=0)
-        num_tokens = count_metric(metrics, "num-tokens", default=0)
-        # Everything is checked: only now is anything of this reply counted.
-        self.record.bytes_to_server += num_array_bytes(arrays)
-        self.record.num_steps += num_steps
+    def _read(self, server_round: int, reply: Message) -> ValidReply:
+        """Read a reply and check all that can be checked without the others."""
+        return read_reply(
+            reply,
+            server_round=server_round,
+            bundle_digest=self.source.digest,
+            sent=self._sent,
+            reference=self.reference,
+            update_dtype=self.update_dtype,
+            bounds=self.bounds,
+        )
+
+    def _count(self, reply: ValidReply) -> Message:
+        """Count a valid reply, and return it as Flower's aggregators want it: fp32 weights, and their weight."""
+        record, num_examples, num_tokens, loss = self.record, reply.num_examples, reply.num_tokens, reply.loss
+        record.bytes_to_server += reply.num_bytes
+        record.num_steps += reply.num_steps
         if self.aggregator.delta:
             # Of the clients' data nothing is recorded but what leaves with noise.
             num_examples, num_tokens, loss = 1, 0, None
-        self.record.num_tokens += num_tokens
-        self.record.num_examples += num_examples
+        record.num_tokens += num_tokens
+        record.num_examples += num_examples
         if loss is not None:
-            share = num_examples / self.record.num_examples
-            self.record.train_loss = (
-                loss if self.record.train_loss is None else ((1 - share) * self.record.train_loss + share * loss)
-            )
-        epsilon, delta = metrics.get("epsilon"), metrics.get("delta")
-        # Without its delta an epsilon means nothing.
-        if (
-            isinstance(epsilon, float)
-            and isinstance(delta, float)
-            and math.isfinite(epsilon + delta)
-            and epsilon > (self.record.epsilon or 0.0)
-        ):
-            self.record.epsilon, self.record.delta = epsilon, delta
-        whole = RecordDict({arrays_key: tensors_record(weights)})
+            share = num_examples / record.num_examples
+            record.train_loss = loss if record.train_loss is None else (1 - share) * record.train_loss + share * loss
+        if reply.epsilon is not None and reply.epsilon > (record.epsilon or 0.0):
+            record.epsilon, record.delta = reply.epsilon, reply.delta
+        whole = RecordDict({arrays_key: tensors_record(reply.weights)})
         whole[metrics_key] = MetricRecord({"num-examples": num_examples})
-        reply.content = whole
-        return reply
+        reply.message.content = whole
+        return reply.message
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

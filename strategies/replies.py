@@ -24,6 +24,7 @@ class RoundRecord:
         number: The round, from 1.
         clients: Names of the clients that were asked to train.
         failures: Name -> reason, for each client without a valid reply.
+        put_aside: Names of the clients that are not asked any more, for their rejected replies.
         num_replies: Valid replies.
         num_examples: Examples behind them.
         num_steps: Optimizer steps behind them, over all clients.
@@ -43,6 +44,7 @@ class RoundRecord:
     number: int
     clients: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
+    put_aside: list[str] = field(default_factory=list)
     num_replies: int = 0
     num_examples: int = 0
     num_steps: int = 0
@@ -83,7 +85,7 @@ def count_metric(metrics: MetricRecord, name: str, *, default: int | None = None
     """
     value = metrics.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < max_count:
-        raise ProtocolError(f"{name} is {value!r}")
+        raise ProtocolError(f"{name} is {value!r:.200}")
     return value
 
 

@@ -101,7 +101,7 @@ def read_app_bundle(data: bytes) -> AppBundle:
     # What zipfile raises for damaged files, and what the steps after it raise for another layout.
     except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
         raise AppBundleError(f"This is not a Flower app bundle ({type(error).__name__}: {error}).") from error
-    except TypeError as error:
+    except (TypeError, RecursionError) as error:
         raise AppBundleError("Its pyproject.toml is not that of a Flower app.") from error
     for text in (name, version, component):
         if not isinstance(text, str) or not _shown.fullmatch(text):

@@ -83,7 +83,7 @@ class ApprovedCode:
         try:
             values = json.loads(text)
             version, entries = values["format"], values["approved"]
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise ApprovalError(self._damaged) from error
         if version != format_version:
             raise ApprovalError(

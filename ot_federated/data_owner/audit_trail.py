@@ -175,7 +175,7 @@ def _parse(path: Path, number: int, line: str) -> Entry | str:
     damaged = f"line {number} is cut short or damaged; where its process was killed, that reply did not leave"
     try:
         values = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return damaged
     if not isinstance(values, dict) or "format" not in values:
         return damaged

@@ -176,6 +176,12 @@ def read_assignment(message: Message, context: Context, directory: Path) -> Assi
     arrays, dtype = message.content.array_records.get(arrays_key), text_field(record, "update-dtype")
     if arrays is None or dtype not in ("float32", "float16", "bfloat16"):
         raise ProtocolError(f"the train message has no adapter, or its type {dtype!r} is unknown")
+    policy_file = context.node_config.get("policy")
+    policy = load_policy(Path(str(policy_file)).expanduser()) if policy_file else default_policy()
+    work = {"length": config.data.max_length, "lora_r": config.tuning.lora_r}
+    if config.privacy.mode != "example":  # whose batch is bounded by max-sample-rate
+        work["batch_size"] = config.train.batch_size
+    policy.check_work(**work)
     tuning = build_tuning(config)
     device = choose_device(str(context.node_config.get("device", "auto")))
     reference = load_model_once(str(directory), device, tuning).reference
@@ -197,8 +203,10 @@ def read_assignment(message: Message, context: Context, directory: Path) -> Assi
     examples = task.encode(rows)
     if not examples:
         raise DataError("This client's shard has no example to train on: give it more data, or use fewer clients.")
+    server_round = int_field(record, "server-round")
+    if not 1 <= server_round <= config.num_server_rounds:
+        raise ProtocolError(f"the server asks for round {server_round} of {config.num_server_rounds}")
     proximal_mu = record.get("proximal-mu", config.train.proximal_mu)
-    policy_file = context.node_config.get("policy")
     return Assignment(
         config=config,
         directory=directory,
@@ -208,14 +216,14 @@ def read_assignment(message: Message, context: Context, directory: Path) -> Assi
         client=client_name(context),
         device=device,
         tuning=tuning,
-        server_round=int_field(record, "server-round"),
+        server_round=server_round,
         run=text_field(record, "run"),
         update_dtype=dtype,
         optimizer=replace(
             build_optimizer_settings(config.train),
             proximal_mu=float(proximal_mu) if isinstance(proximal_mu, (int, float)) else 0.0,
         ),
-        policy=load_policy(Path(str(policy_file)).expanduser()) if policy_file else default_policy(),
+        policy=policy,
     )
 
 
@@ -263,8 +271,16 @@ def tune(message: Message, context: Context, directory: Path, notes: Notes, *, m
 def run_plain_round(work: Assignment) -> tuple[ArrayRecord, dict[str, int | float]]:
     """Tune without privacy, if the policy allows it; return the update and the metrics."""
     from ot_federated.data_owner.fine_tuning import fine_tune
+    from ot_federated.training import plan_round
 
     config = work.config
+    num_steps = plan_round(
+        num_examples=len(work.examples),
+        batch_size=config.train.batch_size,
+        local_epochs=config.train.local_epochs,
+        max_steps=config.train.max_steps,
+    )
+    work.policy.check_work(plain_steps_per_round=num_steps)
     work.policy.check_request(
         task=config.task.name,
         num_rounds=config.num_server_rounds,

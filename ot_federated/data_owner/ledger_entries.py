@@ -235,7 +235,7 @@ def parse_anchor(data: bytes, *, name: str) -> tuple[str, Head]:
         owner, head = str(fields["dataset"]), Head(int(fields["num_entries"]), str(fields["sha256"]))
         if encode_anchor(head, dataset_id=check_dataset_id(owner)) != data or head.num_entries < 0:
             raise ValueError("not what this program writes")
-    except (ValueError, KeyError, TypeError, ConfigError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, ConfigError) as error:
         raise LedgerError(f"{name} cannot be read ({type(error).__name__}: {error}). {restore_both}") from error
     return owner, head
 
@@ -253,7 +253,7 @@ def _parse_line(line: bytes, *, dataset_id: str) -> Entry:
         raise LedgerError("is torn: it does not end in a newline, and this program never leaves that behind")
     try:
         fields = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise LedgerError("is not JSON") from None
     if not isinstance(fields, dict):
         raise LedgerError("is not a JSON object")

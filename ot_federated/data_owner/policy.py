@@ -8,7 +8,11 @@ A TOML file on the data owner's disk (node config ``policy``). Every key is opti
     min-noise-multiplier = 0.6              # sigma: noise over clipping norm
     max-grad-norm = 1.0                     # C: largest clipping norm
     max-sample-rate = 0.1                   # q: logical batch size over number of examples
-    max-steps-per-round = 200
+    max-steps-per-round = 200               # of a round with privacy
+    max-plain-steps-per-round = 10000       # of one without
+    max-batch-size = 1024                   # examples in a step without privacy
+    max-length = 8192                       # tokens of the longest example
+    max-lora-r = 512                        # rank of LoRA
     max-rounds = 50                         # of one run
     require-privacy = true                  # refuse runs without example-level privacy
     require-secure-aggregation = true       # refuse runs in which the server would see this client's own update
@@ -58,6 +62,10 @@ class Policy:
         max_sample_rate: Largest probability of an example to be in a batch, in (0, 1].
         max_steps_per_round: Most steps of a private round, at least 1.
         max_rounds: Most rounds of a run, at least 1.
+        max_plain_steps_per_round: Most steps of a round without privacy, at least 1.
+        max_batch_size: Most examples in a step of a round without privacy, at least 1.
+        max_length: Longest example in tokens, at least 8.
+        max_lora_r: Largest rank of LoRA, at least 1.
         require_privacy: Whether runs without example-level privacy are refused.
         require_secure_aggregation: Whether runs are refused in which an update leaves unmasked.
         allowed_tasks: Tasks that may be trained; empty: every task.
@@ -72,6 +80,10 @@ class Policy:
     max_sample_rate: float = 0.5
     max_steps_per_round: int = 1000
     max_rounds: int = 100
+    max_plain_steps_per_round: int = 10_000
+    max_batch_size: int = 1024
+    max_length: int = 8192
+    max_lora_r: int = 512
     require_privacy: bool = True
     require_secure_aggregation: bool = False
     allowed_tasks: tuple[str, ...] = ()
@@ -88,6 +100,27 @@ class Policy:
             raise PolicyError(
                 "The data owner's policy allows no update that leaves unmasked (require-secure-aggregation): set "
                 "strategy.secure-aggregation=true."
+            )
+
+    def check_work(self, **asked: int) -> None:
+        """Check how much work a server asks for, before anything is read or built for it.
+
+        Args:
+            asked: Any of ``plain_steps_per_round``, ``batch_size``, ``length`` and ``lora_r``.
+
+        Raises:
+            PolicyError: Naming everything that is more than the policy allows.
+        """
+        limits = {name: int(getattr(self, f"max_{name}")) for name in asked}
+        refused = [
+            f"{name.replace('_', '-')} {asked[name]} (max-{name.replace('_', '-')} = {limit})"
+            for name, limit in limits.items()
+            if asked[name] > limit
+        ]
+        if refused:
+            raise PolicyError(
+                f"The data owner's policy refuses so much work: {'; '.join(refused)}. Nothing was trained. Change the "
+                "run config, or agree on another policy with the data owner."
             )
 
     def check_request(
@@ -177,7 +210,7 @@ def load_policy(path: Path) -> Policy:
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"The policy file {path} cannot be read ({error}). Give a TOML file.") from error
     if (version := values.pop("format", format_version)) != format_version:
         raise ConfigError(
@@ -203,6 +236,10 @@ _ranges: dict[str, tuple[float, bool, float]] = {
     "max-sample-rate": (0, False, 1),
     "max-steps-per-round": (1, True, math.inf),
     "max-rounds": (1, True, math.inf),
+    "max-plain-steps-per-round": (1, True, math.inf),
+    "max-batch-size": (1, True, math.inf),
+    "max-length": (8, True, math.inf),
+    "max-lora-r": (1, True, math.inf),
     "min-examples": (1, True, math.inf),
 }
 
@@ -217,6 +254,8 @@ def _check_value(path: Path, key: str, value: object, *, default: object) -> obj
     if isinstance(value, bool) or not isinstance(value, int if isinstance(default, int) else (int, float)):
         kind = "an integer" if isinstance(default, int) else "a number"
         raise ConfigError(f"{path}: {key} must be {kind}, not {value!r}.")
+    if abs(value) >= 2**63:
+        raise ConfigError(f"{path}: {key} is out of range: no limit has more than 64 bits.")
     low, inclusive, high = _ranges[key]
     if not (math.isfinite(value) and (value >= low if inclusive else value > low) and value <= high):
         limits = f"{'at least' if inclusive else 'above'} {low:g}" + (

@@ -25,15 +25,17 @@ from ot_federated.model_owner.evaluation import score_with_progress
 from ot_federated.model_owner.owner import Owner, build_realignment, prepare
 from ot_federated.model_owner.results import finish, score_end, score_start
 from ot_federated.reporting.prometheus import serve_metrics
-from ot_federated.reporting.run_directory import RunDirectory, failure_file, summary_file
+from ot_federated.reporting.run_directory import RunDirectory, failure_file, rejections_file, summary_file
 from ot_federated.tuning import prepare_tuning, start_state
 from strategies.aggregators import Aggregator, aggregator_state, build_aggregator, restore_aggregator
 from strategies.client_level_privacy import describe_noise, protect_clients
 from strategies.conversation import BundleSource
 from strategies.lora_aggregation import StackedLora, stack_products
 from strategies.offsite_tuning import OffsiteTuning
+from strategies.rejections import Rejections
 from strategies.replies import RoundRecord, record_tensors, tensors_record
 from strategies.secure_aggregation import choose_range
+from strategies.validation import Bounds
 
 say = logger.info
 
@@ -180,6 +182,8 @@ def build_strategy(owner: Owner) -> tuple[OffsiteTuning, ArrayRecord]:
         straggler_seconds=settings.straggler_seconds,
         node_timeout_seconds=settings.node_timeout_seconds,
         secure_range=choose_secure_range(config) if settings.secure_aggregation else None,
+        bounds=build_bounds(config),
+        rejections=open_rejections(owner.run, limit=settings.max_rejections),
         seed=config.seed,
         run_id=owner.run.run_id,
         first_round=last_round + 1,
@@ -189,6 +193,25 @@ def build_strategy(owner: Owner) -> tuple[OffsiteTuning, ArrayRecord]:
         scale_update=scale_update if config.evaluation.alpha_every_round else None,
     )
     return strategy, tensors_record(adapter)
+
+
+def build_bounds(config: RunConfig) -> Bounds:
+    """Return what no honest client's update exceeds; under client-level privacy clipping stands in for it."""
+    settings = config.strategy
+    # Whether a client counts may then not depend on the others' updates, as a median does.
+    ratio = 0.0 if config.privacy.mode == "client" else settings.max_norm_ratio
+    return Bounds(max_norm=settings.max_update_norm, max_norm_ratio=ratio, max_examples=settings.max_examples)
+
+
+def open_rejections(run: RunDirectory, *, limit: int) -> Rejections:
+    """Return the run's rejections, those from before it was stopped included."""
+    try:
+        saved = run.read_json(rejections_file)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{run.path / rejections_file} is damaged ({error}). Delete it to go on without knowing who was put aside."
+        ) from error
+    return Rejections(limit=limit, saved=saved, on_change=lambda content: run.write_json(rejections_file, content))
 
 
 def put_behind_privacy(owner: Owner, aggregator: Aggregator, *, num_parameters: int, last_round: int) -> Aggregator:

@@ -7,6 +7,7 @@
     metrics.jsonl     one line a round
     client_privacy.jsonl
                       one line for each noised sum of updates, under privacy.mode=client
+    rejections.json   whose replies were rejected, where any were
     checkpoints/      one directory a round
     adapter/ model/   what is delivered
     rounds.png        loss and accuracy by round
@@ -33,6 +34,7 @@ config_file, metrics_file, summary_file, failure_file = (
     "failure.txt",
 )
 run_id_file = "run_id"
+rejections_file = "rejections.json"
 # These may differ between a run and its continuation, and so may evaluation.*: they do not change what is trained.
 free_keys = (
     "resume",
@@ -41,6 +43,7 @@ free_keys = (
     "strategy.round-timeout-seconds",
     "strategy.straggler-seconds",
     "strategy.max-retries",
+    "strategy.max-rejections",
 )
 
 

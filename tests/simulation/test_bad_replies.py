@@ -78,6 +78,10 @@ def drop_record(name: str) -> Spoil:
     return spoil
 
 
+def claim_another_node(reply: Message) -> None:
+    reply.metadata.__dict__["_src_node_id"] = 5
+
+
 # What a client does to its reply, and what the server then says of it.
 bad_replies: list[tuple[str, Spoil, str]] = [
     ("not a number", fill(math.nan), "not finite"),
@@ -104,11 +108,20 @@ bad_replies: list[tuple[str, Spoil, str]] = [
     ("negative tokens", set_metric("num-tokens", -1), "num-tokens is -1"),
     ("no metrics", drop_record(metrics_key), "lacks its arrays or its metrics"),
     ("Flower error", crash, "error 2"),
+    ("huge norm", fill(3e4), r"strategy\.max-norm-ratio=100 times"),
+    ("claims a million examples more", set_metric("num-examples", 2_000_000), r"above strategy\.max-examples=1000000"),
+    ("another node's name", claim_another_node, "claims to come from node 5"),
+    ("text for a terminal", lambda reply: set_config("status", "error")(escape_reason(reply)), r"^done\?\[2J\?line$"),
 ]
 
 
 def set_reason(reply: Message) -> Message:
     set_config("reason", "the file has no such column 'answer'")(reply)
+    return reply
+
+
+def escape_reason(reply: Message) -> Message:
+    set_config("reason", "done\x1b[2J\nline")(reply)
     return reply
 
 

@@ -129,9 +129,42 @@ def test_names_that_are_more_than_a_plain_file_name(name: Any) -> None:
         parse_manifest(name_a_file(name))
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "merges.txt", "a", "A_b-c.d..e", "e" * 128])
+@pytest.mark.parametrize("name", ["tokenizer.json", "merges.txt", "a.txt", "A_b-c.d..e.model", "e" * 123 + ".json"])
 def test_plain_file_names_are_accepted(name: str) -> None:
     assert parse_manifest(name_a_file(name)).files[-1].name == name
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "adapter.pt", "a.pkl", "a.pth", "a.ckpt", "a.npz", "tokenization.py", "a.zip", "a"]
+)
+def test_files_that_could_hold_code_or_a_pickle(name: str) -> None:
+    with pytest.raises(BundleError, match="could hold code or a pickle"):
+        parse_manifest(name_a_file(name))
+
+
+def test_manifest_beyond_what_any_model_needs() -> None:
+    files = tuple(BundleFile(f"f{number}.json", 1, "ab" * 32) for number in range(70))
+    with pytest.raises(BundleError, match="at most 64 and 1024"):
+        parse_manifest(build_manifest(files=files).to_bytes())
+    with pytest.raises(BundleError, match="at most 64 and 1024"):
+        parse_manifest(build_manifest(stack=stack * 300).to_bytes())
+    large = BundleFile("tokenizer.json", 2**30, "ab" * 32)
+    with pytest.raises(BundleError, match="accepted of a tokenizer's file"):
+        parse_manifest(build_manifest(files=(large,)).to_bytes())
+
+
+def test_manifest_file_of_ten_gigabytes_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / manifest_name).open("wb") as stream:
+        stream.truncate(10 * 2**30)
+    with pytest.raises(BundleError, match="10,737,418,240 bytes"):
+        read_manifest(tmp_path)
+
+
+def test_header_of_tensors_beyond_any_model(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    path.write_bytes((2**40).to_bytes(8, "little") + b"{}")
+    with pytest.raises(BundleError, match=r"header of 1,099,511,627,776 bytes"):
+        read_tensors(path)
 
 
 @pytest.mark.parametrize("name", [manifest_name, weight_files[0]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
@@ -152,3 +153,22 @@ def test_ia3_with_an_engine_of_opacus_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"ia3.*privacy\.engine='hooks'.*Set privacy\.engine='loop'"):
         parse_run_config(private)
     assert parse_run_config(private | {"privacy.engine": "loop"}).tuning.method == "ia3"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("train.learning-rate", 10**400, "no setting has more than 64 bits"),
+        ("train.max-steps", 2**63, "no setting has more than 64 bits"),
+        ("task.prompt", "{text}" + "x" * 10_000, "at most 10000 are accepted"),
+    ],
+)
+def test_values_beyond_any_use(name: str, value: Any, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        parse_run_config({name: value})
+
+
+@pytest.mark.parametrize("other", [{"strategy.secure-aggregation": True}, {"privacy.mode": "client"}])
+def test_no_norm_bound_where_no_single_update_is_seen(other: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="max-update-norm=2 does not go with"):
+        parse_run_config({"strategy.max-update-norm": 2.0, "privacy.clients-per-round": 5, **other})

@@ -14,6 +14,7 @@ from ot_federated.data_owner.fine_tuning import load_processor_once
 from ot_federated.emulated_model import load_emulated_model
 from ot_federated.errors import BundleError
 from ot_federated.model_owner.splitting import plan_stack, write_bundle
+from ot_federated.processors import load_bundle_processor
 from tests.families import build_family_model, byte_tokenizer, num_blocks
 
 
@@ -69,8 +70,11 @@ def test_config_fields_that_would_load_something_else_do_not(bundle: tuple[Path,
         {"rope_parameters": "text"},
         {"vocab_size": 10**15},
         {"num_hidden_layers": "three"},
+        {"num_hidden_layers": 4000},
+        {"num_labels": 2**20},
+        {"max_position_embeddings": 2**25},
     ],
-    ids=lambda change: next(iter(change)),
+    ids=lambda change: "-".join(map(str, next(iter(change.items())))),
 )
 def test_config_that_makes_no_model_is_a_bundle_error(bundle: tuple[Path, Manifest], change: dict[str, Any]) -> None:
     directory, manifest = bundle
@@ -95,3 +99,12 @@ def test_code_in_a_config_inside_the_config_is_refused(field: str) -> None:
         check_config({"vision_config": {"hidden_size": 8, field: "someone/kernel"}})
     with pytest.raises(BundleError, match="hidden_size"):
         check_config({"vision_config": {"hidden_size": 2**40}})
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{}", b"[" * 100_000, b"\xff", b'{"version": "1.0", "model": {"type": "BPE", "vocab": 1}}']
+)
+def test_tokenizer_that_is_none_is_a_bundle_error(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(text)
+    with pytest.raises(BundleError, match="tokenizer cannot be loaded"):
+        load_bundle_processor(tmp_path)

@@ -189,3 +189,28 @@ def test_another_format_names_the_remedy(tmp_path):
     path.write_text("format = 2\nmax-epsilon = 2.0\n")
     with pytest.raises(ConfigError, match=r"format 2; this release reads 1\. Install the release.*or write it anew"):
         load_policy(path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "refused"),
+    [
+        ({"batch_size": 1025}, r"batch-size 1025 \(max-batch-size = 1024\)"),
+        ({"length": 2**40, "lora_r": 8}, r"length 1099511627776 \(max-length = 8192\)\."),
+        ({"lora_r": 513}, "max-lora-r = 512"),
+        ({"plain_steps_per_round": 10_001}, "max-plain-steps-per-round = 10000"),
+        ({"length": 8193, "lora_r": 513}, "max-length = 8192.*; .*max-lora-r"),
+    ],
+)
+def test_work_that_would_exhaust_the_client(asked: dict[str, int], refused: str) -> None:
+    with pytest.raises(PolicyError, match=refused):
+        default_policy().check_work(**asked)
+
+
+def test_usual_work_is_allowed() -> None:
+    default_policy().check_work(batch_size=1024, length=8192, lora_r=512, plain_steps_per_round=10_000)
+
+
+def test_a_limit_of_more_than_64_bits_is_out_of_range(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text(f"max-rounds = {10**400}\n")
+    with pytest.raises(ConfigError, match="max-rounds is out of range"):
+        load_policy(tmp_path / "policy.toml")
