@@ -131,7 +131,7 @@ def test_summary_has_exactly_the_keys_of_the_interface(delivered: Federation) ->
     assert summary.keys() == {
         *("scenario", "command", "versions", "device", "seed", "model", "offsite", "rows", "recovery"),
         *("federation", "bytes", "seconds", "privacy"),
-        *("dtype", "adapter_sha256", "delivered"),  # beyond the interface
+        *("dtype", "adapter_sha256", "delivered", "harness"),  # beyond the interface
     }
     assert summary["model"].keys() == {"source", "num_parameters", "num_blocks"}
     assert summary["offsite"].keys() == {
