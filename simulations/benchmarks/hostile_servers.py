@@ -112,6 +112,10 @@ class Victim:
         )
         return self.train_on(altered, replace(self.manifest, files=files))
 
+    def announce_config(self, **fields: Any) -> str:
+        """Announce a bundle with a model of another config and return why it is refused."""
+        return self.hello(replace(self.manifest, config={**self.manifest.config, **fields}))
+
     def with_config(self, **fields: Any) -> str:
         """Ask for training on a model of another config."""
         return self.train_on(self.bundle, replace(self.manifest, config={**self.manifest.config, **fields}))
@@ -132,7 +136,7 @@ def list_attacks(victim: Victim) -> dict[str, Callable[[], str]]:
         "manifest of 10 GB on the disk": lambda: read_sparse_manifest(victim.directory.parent),
         "bundle of 8 TB": lambda: victim.hello(victim.with_file("more.safetensors", 2**43)),
         "tokenizer of 1 GB": lambda: victim.hello(victim.with_file("vocab.txt", 2**30)),
-        "a million blocks": lambda: victim.hello(replace(victim.manifest, stack=stack * 1000)),
+        "5,000 blocks": lambda: victim.hello(replace(victim.manifest, stack=stack * 1000)),
         "JSON nested 100,000 deep": lambda: victim.hello(b"[" * 100_000),
         "shards of one byte": lambda: victim.hello(victim.manifest, **{"shard-bytes": 1}),
         "shards of 2 GiB": lambda: victim.hello(victim.manifest, **{"shard-bytes": 2**31}),
@@ -143,11 +147,11 @@ def list_attacks(victim: Victim) -> dict[str, Callable[[], str]]:
                 arrays=ArrayRecord(),
             ),
         ),
-        "model config with code from a hub": lambda: victim.with_config(auto_map={"AutoModel": "evil/repo--m.M"}),
+        "model config with code from a hub": lambda: victim.announce_config(auto_map={"AutoModel": "evil/repo--m.M"}),
         "model config of 4,000 blocks": lambda: victim.with_config(num_hidden_layers=4000),
-        "model config of width 2^40": lambda: victim.with_config(hidden_size=2**40),
+        "model config of width 2^40": lambda: victim.announce_config(hidden_size=2**40),
         "model config of width 2^20": lambda: victim.with_config(hidden_size=2**20),
-        "model config of 2^30 labels": lambda: victim.with_config(num_labels=2**30),
+        "model config of 2^30 labels": lambda: victim.announce_config(num_labels=2**30),
         "pickle under a safetensors name": lambda: victim.altered_bundle("adapter.safetensors", pickle.dumps({"a": 1})),
         "safetensors header of 1 TB": lambda: victim.altered_bundle(
             "adapter.safetensors", (2**40).to_bytes(8, "little") + b"{}"
@@ -210,5 +214,6 @@ def run_hostile_servers(victim: Victim) -> list[dict[str, Any]]:
             outcome, refused, detail = "refused", True, attack()
         except VictimError as error:
             outcome, refused, detail = "taken", False, str(error)
-        rows.append({"peer": "server", "attack": name, "outcome": outcome, "refused": refused, "detail": detail[:300]})
+        shown = detail.replace(str(victim.directory.parent), "DIRECTORY")[:300]
+        rows.append({"peer": "server", "attack": name, "outcome": outcome, "refused": refused, "detail": shown})
     return rows
