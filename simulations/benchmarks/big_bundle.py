@@ -170,7 +170,7 @@ def play_client(link: socket.socket, directory: Path, data: Path) -> dict[str, A
 def train_alone(directory: Path, data: Path) -> dict[str, Any]:
     """Train as the client does, from the bundle's own weights, and nothing else; return the memory trace."""
     from ot_federated.config import parse_run_config
-    from ot_federated.data_owner.fine_tuning import load_tokenizer_once
+    from ot_federated.data_owner.fine_tuning import load_processor_once
     from ot_federated.emulated_model import adapter_parameters, load_emulated_model
     from ot_federated.sources import load_table
     from ot_federated.tasks.registry import build_configured_task
@@ -178,7 +178,7 @@ def train_alone(directory: Path, data: Path) -> dict[str, Any]:
 
     config, manifest = parse_run_config(run_config), read_manifest(directory)
     with MemoryTrace() as trace:
-        task = build_configured_task(config, load_tokenizer_once(str(directory)))
+        task = build_configured_task(config, load_processor_once(str(directory)))
         examples = task.encode(load_table(str(data), split="train", columns=list(config.columns.values())))
         model = load_emulated_model(directory, manifest)
         train(

@@ -31,8 +31,17 @@ from simulations.command_line import parse_settings
 
 no_privacy = "none"
 # What the table is made of; curves and the claim's parts are not kept.
-kept_fields = ("claimed_epsilon", "delta", "num_examples", "num_steps", "loss", "one_run_audit", "membership")
-kept_fields += ("exposure", "token_recovery")
+kept_fields = (
+    "claimed_epsilon",
+    "delta",
+    "num_examples",
+    "num_steps",
+    "loss",
+    "one_run_audit",
+    "membership",
+    "exposure",
+    "token_recovery",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

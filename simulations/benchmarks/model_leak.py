@@ -91,6 +91,7 @@ def write_own_text(settings: Sequence[str], path: Path, *, num_tokens: int, seed
         ConfigError: If the model writes no text.
     """
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from ot_federated.model_owner.owner import load_parts
 
@@ -98,8 +99,8 @@ def write_own_text(settings: Sequence[str], path: Path, *, num_tokens: int, seed
         return path
     parts = load_parts(parse_run_config(parse_settings(settings)))
     model, tokenizer = parts.model, parts.processor
-    start = getattr(tokenizer, "bos_token_id", None)
-    if start is None:
+    start: Any = getattr(tokenizer, "bos_token_id", None)
+    if start is None or not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ConfigError("--own-text needs a language model whose tokenizer has a token to begin with.")
     torch.manual_seed(seed)
     texts: list[str] = []
@@ -108,7 +109,7 @@ def write_own_text(settings: Sequence[str], path: Path, *, num_tokens: int, seed
         written: Any = model.generate(  # type: ignore[operator]  # transformers' mixins confuse mypy
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=tokens_per_text
         )
-        texts += [" ".join(tokenizer.decode(row, skip_special_tokens=True).split()) for row in written]
+        texts += [" ".join(str(tokenizer.decode(row, skip_special_tokens=True)).split()) for row in written]
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, "\n".join(texts) + "\n")
     return path

@@ -32,7 +32,7 @@ def measure_predictors(owner: Owner, *, num_examples: int = 64) -> dict[str, flo
     """
     emulated = load_emulated_model(owner.bundle, owner.manifest, device=owner.device)
     examples = owner.task.encode(list(owner.validation)[:num_examples])[:num_examples]
-    examples.sort(key=lambda example: example.length)  # little padding
+    examples = sorted(examples, key=lambda example: example.length)  # little padding
     found = measure_fidelity(owner.model, emulated, owner.manifest, examples)
     return {
         "gradient_cosine_bottom": found.bottom_cosine,
