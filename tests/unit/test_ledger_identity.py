@@ -28,7 +28,7 @@ def test_a_data_set_is_its_rows_in_any_order():
 
 def test_rows_that_json_cannot_hold_need_a_name():
     with pytest.raises(DataError, match="Row 1 holds a value") as caught:
-        identify_dataset([{"x": "secret"}, {"x": b"secret"}])
+        identify_dataset([{"x": "secret"}, {"x": {"secret"}}])
     assert "secret" not in str(caught.value)
 
 
