@@ -129,7 +129,9 @@ def test_without_noise_and_clipping_it_is_the_plain_mean(llama_directory: Path, 
     noiseless = run(tmp_path / "client", llama_directory, settings=settings)
     plain = run(tmp_path / "none", llama_directory, settings=settings | {"privacy.mode": "none"})
     for name, values in plain.adapter.items():
-        torch.testing.assert_close(noiseless.adapter[name], values, atol=1e-6, rtol=1e-5)
+        # Adapters travel as float16 differences of about 0.02: where sums differ in their last bit, a number may be
+        # rounded to the next of its steps, which are 1.5e-5 apart.
+        torch.testing.assert_close(noiseless.adapter[name], values, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("silence")
