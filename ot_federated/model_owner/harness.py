@@ -179,7 +179,7 @@ def describe_task(name: str, prompt: str, directory: Path) -> dict[str, Any]:
         "dataset_path": "parquet",
         "dataset_kwargs": {"data_files": files},
         "output_type": "multiple_choice",
-        **{f"{split}_split": split for split in files},
+        **{f"{'training' if split == 'train' else split}_split": split for split in files},
         "doc_to_text": prompt,
         "doc_to_target": "answer",
         "doc_to_choice": "choices",
