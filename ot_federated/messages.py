@@ -120,7 +120,7 @@ def encode_shard(pieces: Iterable[bytes]) -> ArrayRecord:
     """Return a shard as arrays of bytes, one for each piece.
 
     Flower puts every array together from its chunks in one stretch, and again as bytes: as one array a shard would be
-    in memory four times at its receiver, in pieces it is there twice.
+    in memory four times at its receiver, in pieces about three times (measured with shards of 64 MiB).
     """
     dtype = np.dtype("uint8")
     record = ArrayRecord()

@@ -3,7 +3,7 @@
 Flower counts a run's bytes too (``flwr list``), where SuperLink and SuperNodes are, and not in a simulation. Here the
 ServerApp counts, so that a run's summary has the figure wherever it ran: contents exactly, and what Flower puts around
 them (names, ids of 64 hexadecimal digits, tables of chunks) by the sizes that Flower 1.41's objects have. A test holds
-the sum against Flower's own, within 5 %.
+the sum against Flower's serialised objects, and ``tests/deployment/test_real_federation.py`` against ``flwr list``.
 """
 
 from __future__ import annotations
