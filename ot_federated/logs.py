@@ -52,11 +52,6 @@ def log_fields(**fields: str | int) -> Iterator[None]:
         _fields.reset(token)
 
 
-def add_log_fields(**fields: str | int) -> None:
-    """Give the lines that follow these fields too, up to the end of the :func:`log_fields` block around them."""
-    _fields.set({**_fields.get(), **fields})
-
-
 def show_lines() -> None:
     """Write this project's log lines to standard error, once, apart from Flower's own records.
 

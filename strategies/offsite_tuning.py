@@ -22,7 +22,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from ot_federated.errors import ConfigError, OtFederatedError, ProtocolError, RefusalError
-from ot_federated.logs import add_log_fields, log_fields, logger
+from ot_federated.logs import log_fields, logger
 from ot_federated.messages import (
     Hello,
     arrays_key,
@@ -172,36 +172,48 @@ class OffsiteTuning(Strategy):
         """
         del evaluate_config  # clients report in their reply to train: one process start less for each of them
         self.summary()
-        grid = metered = MeteredGrid(grid)
+        metered = MeteredGrid(grid)
         self.round_timeout_seconds = timeout
         result = Result()
-        result.arrays = arrays = initial_arrays
-        if evaluate_fn and (metrics := evaluate_fn(self.first_round - 1, arrays)) is not None:
+        result.arrays = initial_arrays
+        if evaluate_fn and (metrics := evaluate_fn(self.first_round - 1, initial_arrays)) is not None:
             result.evaluate_metrics_serverapp[self.first_round - 1] = metrics
         for server_round in range(self.first_round, num_rounds + 1):
-            began = time.monotonic()
-            config = ConfigRecord(dict(train_config or {}))
-            if self.choose_source:
-                self._use(self.choose_source(server_round, arrays))
-            messages = self.configure_train(server_round, arrays, config, grid)
-            if self.secure_range is None:
-                replies = self._hold_round(grid, messages, timeout_seconds=timeout)
-                aggregated, train_metrics = self.aggregate_train(server_round, replies)
-            else:
-                aggregated, train_metrics = self._hold_secure_round(grid, server_round, list(messages))
-            assert aggregated is not None  # aggregate_train raises rather than return nothing
-            if self.scale_update:
-                aggregated, self.record.alpha = self.scale_update(arrays, aggregated)
-            result.arrays = arrays = aggregated
-            self.record.seconds = time.monotonic() - began
-            self.record.wire_bytes_to_clients, self.record.wire_bytes_to_server = metered.take()
-            if train_metrics is not None:
-                result.train_metrics_clientapp[server_round] = train_metrics
-            if self.on_round:
-                self.on_round(arrays, self.record)
-            if evaluate_fn and (metrics := evaluate_fn(server_round, arrays)) is not None:
-                result.evaluate_metrics_serverapp[server_round] = metrics
+            with log_fields(round=server_round):
+                self._run_round(server_round, result, metered, train_config, evaluate_fn)
         return result
+
+    def _run_round(
+        self,
+        server_round: int,
+        result: Result,
+        grid: MeteredGrid,
+        train_config: ConfigRecord | None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
+    ) -> None:
+        """Go on from the result's adapter by one round, and put what came of it into the result."""
+        began = time.monotonic()
+        arrays = result.arrays
+        if self.choose_source:
+            self._use(self.choose_source(server_round, arrays))
+        messages = self.configure_train(server_round, arrays, ConfigRecord(dict(train_config or {})), grid)
+        if self.secure_range is None:
+            replies = self._hold_round(grid, messages, timeout_seconds=self.round_timeout_seconds)
+            aggregated, train_metrics = self.aggregate_train(server_round, replies)
+        else:
+            aggregated, train_metrics = self._hold_secure_round(grid, server_round, list(messages))
+        assert aggregated is not None  # aggregate_train raises rather than return nothing
+        if self.scale_update:
+            aggregated, self.record.alpha = self.scale_update(arrays, aggregated)
+        result.arrays = aggregated
+        self.record.seconds = time.monotonic() - began
+        self.record.wire_bytes_to_clients, self.record.wire_bytes_to_server = grid.take()
+        if train_metrics is not None:
+            result.train_metrics_clientapp[server_round] = train_metrics
+        if self.on_round:
+            self.on_round(aggregated, self.record)
+        if evaluate_fn and (metrics := evaluate_fn(server_round, aggregated)) is not None:
+            result.evaluate_metrics_serverapp[server_round] = metrics
 
     def _use(self, source: BundleSource) -> None:
         """Train with this version of the bundle; what clients said of another one counts no more."""
@@ -218,7 +230,6 @@ class OffsiteTuning(Strategy):
             AggregationError: If too few clients connect in time.
         """
         self.record = RoundRecord(server_round)
-        add_log_fields(round=server_round)
         node_ids = wait_for_nodes(
             grid,
             min_nodes=self.min_nodes,

@@ -36,9 +36,9 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 @pytest.fixture(autouse=True)
 def no_log_handlers() -> Iterator[None]:
     """Undo ``show_lines``: its handler would keep the output stream of the test that called it first."""
-    yield
     from ot_federated.logs import logger
 
+    yield
     logger.handlers.clear()
     logger.propagate = True
 

@@ -10,7 +10,7 @@ import pytest
 from flwr.supercore.logger import ConsoleHandler
 
 from ot_federated.errors import ConfigError
-from ot_federated.logs import add_log_fields, log_fields, logger, show_lines
+from ot_federated.logs import log_fields, logger, show_lines
 
 
 def flowers_logger(monkeypatch: pytest.MonkeyPatch) -> logging.Logger:
@@ -44,8 +44,7 @@ def test_json_lines_have_run_round_and_node(
     show_lines()
     logger.info("before")
     with log_fields(run="7", node="ward-7"):
-        with log_fields(round=1):
-            add_log_fields(round=2)
+        with log_fields(round=1), log_fields(round=2):
             logger.warning('a "quoted" %s\nline', "näme")
         logger.info("after")
     # Flower's own lines too: who collects JSON can read every line.
