@@ -30,15 +30,22 @@ def hidden_states(
 ) -> Any:
     """Run the model below its head; ``last_hidden_state`` of the result is ``(batch, seq, hidden)``."""
     base = model.base_model
-    arguments: dict[str, Any] = {
-        "attention_mask": attention_mask,
-        "use_cache": use_cache,
-        "past_key_values": cache,
-    }
+    accepted = inspect.signature(base.forward).parameters
+    arguments: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": use_cache}
+    if cache is not None:
+        # transformers 5.24 gave it the shorter name.
+        arguments["cache" if "cache" in accepted else "past_key_values"] = cache
     # BLOOM has no position ids: it reads positions from the attention mask.
-    if "position_ids" in inspect.signature(base.forward).parameters:
+    if "position_ids" in accepted:
         arguments["position_ids"] = position_ids
     return base(input_ids=input_ids, **arguments)
+
+
+def find_cache(output: Any) -> Any:
+    """Return the keys and values that a model gave with ``use_cache``."""
+    if "cache" in output:
+        return output["cache"]
+    return output["past_key_values"]
 
 
 def target_log_probs(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ log-probability (``acc``), and with the highest log-probability per character (`
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ import torch
 
 from ot_federated.errors import DataError
 from ot_federated.tasks.base import Example, Progress, Row, Score, mean_interval, wilson_interval
-from ot_federated.tasks.language_model import hidden_states, pad, target_log_probs
+from ot_federated.tasks.language_model import find_cache, hidden_states, pad, target_log_probs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 num_questions_per_batch = 16
+num_choices_per_batch = 16
 default_prompt = "Question: {text}\nAnswer:"
 
 
@@ -191,25 +193,51 @@ def score_choices(model: PreTrainedModel, questions: Sequence[TokenisedQuestion]
     prefix = hidden_states(
         model, input_ids=contexts, attention_mask=context_mask, position_ids=positions, use_cache=True
     )
-    owner = torch.tensor(owners, device=device)
-    lengths = context_mask.sum(dim=1)[owner]
-    first = prefix.last_hidden_state[owner, lengths - 1]
-    cache = prefix.past_key_values
-    cache.batch_select_indices(owner)
+    sums = torch.zeros(len(owners), device=device)
+    # Choices of similar length share a batch, whichever questions they belong to: they vary more than contexts do.
+    by_length = sorted(range(len(owners)), key=lambda row: int(choice_mask[row].sum()))
+    for start in range(0, len(by_length), num_choices_per_batch):
+        rows = torch.tensor(by_length[start : start + num_choices_per_batch], device=device)
+        longest = int(choice_mask[rows[-1]].sum())
+        # Encoding extends the cache in place; the next batch needs the contexts alone.
+        cache = copy.deepcopy(find_cache(prefix))
+        owner = torch.tensor(owners, device=device)[rows]
+        cache.batch_select_indices(owner)
+        sums[rows] = _continue_contexts(
+            model,
+            cache,
+            context_mask[owner],
+            prefix.last_hidden_state[owner, context_mask[owner].sum(dim=1) - 1],
+            choices[rows, :longest],
+            choice_mask[rows, :longest],
+        )
+    return list(sums.cpu().split([len(question.continuations) for question in questions]))
+
+
+def _continue_contexts(
+    model: PreTrainedModel,
+    cache: Any,
+    context_mask: torch.Tensor,
+    last_states: torch.Tensor,
+    choices: torch.Tensor,
+    choice_mask: torch.Tensor,
+) -> torch.Tensor:
+    """Return the log-probability of each choice behind its encoded context, ``(num_choices,)``."""
+    num_choices, length = choices.shape
+    first_positions = context_mask.sum(dim=1)[:, None]
     rest = hidden_states(
         model,
         input_ids=choices,
-        attention_mask=torch.cat([context_mask[owner], choice_mask], dim=1),
-        position_ids=lengths[:, None] + torch.arange(choices.shape[1], device=device),
+        attention_mask=torch.cat([context_mask, choice_mask], dim=1),
+        position_ids=first_positions + torch.arange(length, device=choices.device),
         cache=cache,
         use_cache=True,
     )
     # The context's last state predicts a choice's first token; each of its tokens predicts the next.
-    states = torch.cat([first[:, None], rest.last_hidden_state[:, :-1]], dim=1)
+    states = torch.cat([last_states[:, None], rest.last_hidden_state[:, :-1]], dim=1)
     rows, columns = choice_mask.nonzero(as_tuple=True)
     log_probs = target_log_probs(model, states[rows, columns], choices[rows, columns])
-    sums = torch.zeros(len(owners), device=device).index_add(0, rows, log_probs)
-    return list(sums.cpu().split([len(question.continuations) for question in questions]))
+    return torch.zeros(num_choices, device=choices.device).index_add(0, rows, log_probs)
 
 
 def _score_in_full(model: PreTrainedModel, questions: Sequence[TokenisedQuestion]) -> list[torch.Tensor]:
