@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -154,6 +155,9 @@ def simulate(settings: Mapping[str, Scalar], run: Path, *, engine: str, log: Pat
     words = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()]
     if any((run / "checkpoints").glob("round-*")):
         words = ["resume=true"]
+    elif run.exists():
+        # Stopped before its first round was done: there is nothing to go on from, and a new run wants a new directory.
+        shutil.rmtree(run)
     command = [sys.executable, "-m", "run_sim", "--engine", engine, "--output", str(run), *words]
     # The checkout first: the sweep runs the code that it stands beside.
     checkout = str(Path(__file__).resolve().parents[1])

@@ -53,6 +53,10 @@ def test_a_sweep_runs_resumes_and_reports(
 ) -> None:
     output, results = tmp_path / "out", tmp_path / "results"
     words = [str(sweep_file), "--output-dir", str(output)]
+    # A cell that was stopped before its first round was done begins again.
+    stopped = output / load_sweep(sweep_file).cells[0].name / "run"
+    stopped.mkdir(parents=True)
+    (stopped / "run_config.json").write_text("{}")
     assert sweeps.main([*words, "--only", "epsilon=none"]) == 0
     assert sweeps.main([*words, "--report"]) == 0
     assert "1 of 1 cells done" in capsys.readouterr().out
