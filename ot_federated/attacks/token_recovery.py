@@ -45,10 +45,11 @@ def recover_tokens(
         tokens_used: Tokens of the examples that the update was computed on.
 
     Returns:
-        ``recovered``: share of the used tokens among as many best-scored ones. ``chance``: that share for a random
-        guess. ``auc``: of used against unused tokens. ``chance_auc_interval``: where it lies for 95 % of random spans
-        of the same rank; embeddings are correlated, so chance is wider than independent tokens would have it.
-        ``at_chance``: whether ``auc`` is not above that. ``rank``: dimensions of the span.
+        ``recovered``: share of the used tokens among as many best-scored ones. ``auc``: of used against unused tokens.
+        ``chance``: what random spans of the same rank recover on average, and ``chance_interval`` and
+        ``chance_auc_interval``: where 95 % of them lie. Embeddings are correlated, and the tokens of one example are
+        alike in how common they are, so that this is more, and wider, than a random guess of tokens would have it.
+        ``at_chance``: whether neither measure is above that. ``rank``: dimensions of the span.
 
     Raises:
         DataError: If no layer reads the first block's input, or the update is zero.
@@ -60,39 +61,47 @@ def recover_tokens(
     distinct = sorted(set(tokens_used))
     span = row_span(torch.cat([update[name].float() for name in names]), max_rank=len(distinct))
     unit = inputs / inputs.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    scores = (unit @ span).norm(dim=1).cpu().numpy()
-    used = np.zeros(len(scores), dtype=bool)
+    used = np.zeros(len(unit), dtype=bool)
     used[distinct] = True
-    best = np.argsort(-scores, kind="stable")[: used.sum()]
-    auc, _, _ = area_under_curve(scores[used], scores[~used])
-    low, high = chance_interval(unit, used, rank=span.shape[1])
+    recovered, auc = measure_span(unit, span, used)
+    chance, chance_interval, chance_auc_interval = measure_random_spans(unit, used, rank=span.shape[1])
     return {
-        "recovered": float(used[best].mean()),
-        "chance": float(used.mean()),
+        "recovered": recovered,
+        "chance": chance,
+        "chance_interval": chance_interval,
         "auc": auc,
-        "chance_auc_interval": [low, high],
-        "at_chance": auc <= high,
+        "chance_auc_interval": chance_auc_interval,
+        "at_chance": recovered <= chance_interval[1] and auc <= chance_auc_interval[1],
         "rank": int(span.shape[1]),
         "num_tokens_used": int(used.sum()),
     }
 
 
-def chance_interval(unit: torch.Tensor, used: np.ndarray[Any, Any], *, rank: int) -> tuple[float, float]:
-    """Return the 2.5 % and 97.5 % quantiles of the AUC that spans drawn evenly at random give.
+def measure_span(unit: torch.Tensor, span: torch.Tensor, used: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """Return the share of the used tokens that is found in a span, and the AUC of used against unused tokens.
 
     Args:
         unit: Unit vectors of the vocabulary, ``(vocabulary, in_features)``.
+        span: Orthonormal basis, ``(in_features, rank)``.
         used: ``(vocabulary,)``, which tokens were used.
-        rank: Dimensions of the spans.
     """
+    scores = (unit @ span).norm(dim=1).cpu().numpy()
+    best = np.argsort(-scores, kind="stable")[: used.sum()]
+    return float(used[best].mean()), area_under_curve(scores[used], scores[~used])[0]
+
+
+def measure_random_spans(
+    unit: torch.Tensor, used: np.ndarray[Any, Any], *, rank: int
+) -> tuple[float, list[float], list[float]]:
+    """Return what spans drawn evenly at random find: mean share of used tokens, its and the AUC's 95 % intervals."""
     generator = torch.Generator().manual_seed(0)
-    aucs = []
+    found = []
     for _ in range(num_random_spans):
         drawn = torch.randn(unit.shape[1], rank, generator=generator)
-        scores = (unit @ torch.linalg.qr(drawn).Q).norm(dim=1).numpy()
-        aucs.append(area_under_curve(scores[used], scores[~used])[0])
-    low, high = np.quantile(aucs, [0.025, 0.975])
-    return float(low), float(high)
+        found.append(measure_span(unit, torch.linalg.qr(drawn).Q.to(unit.device), used))
+    shares, aucs = np.array(found).T
+    shares_interval, aucs_interval = (np.quantile(values, [0.025, 0.975]).tolist() for values in (shares, aucs))
+    return float(shares.mean()), shares_interval, aucs_interval
 
 
 def row_span(change: torch.Tensor, *, max_rank: int) -> torch.Tensor:

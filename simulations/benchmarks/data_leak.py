@@ -30,6 +30,7 @@ from simulations.benchmarks.environment import write_results
 from simulations.command_line import parse_settings
 
 no_privacy = "none"
+cell_format = 2  # 2: chance is what random spans recover
 # What the table is made of; curves and the claim's parts are not kept.
 kept_fields = (
     "claimed_epsilon",
@@ -135,6 +136,7 @@ def run_cells(
     from tqdm import tqdm
 
     asked = {
+        "format": cell_format,
         "settings": dict(settings),
         "candidates": num_candidates,
         "max_examples": num_examples,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from ot_federated.attacks.canaries import make_canaries, measure_exposure, summarise_exposure
 from ot_federated.attacks.membership import (
@@ -15,7 +16,7 @@ from ot_federated.attacks.membership import (
     roc_curve,
 )
 from ot_federated.attacks.one_run_audit import audit_one_run, audit_with_best, bound_epsilon
-from ot_federated.attacks.token_recovery import recover_tokens
+from ot_federated.attacks.token_recovery import measure_random_spans, recover_tokens
 from ot_federated.errors import DataError
 from ot_federated.tasks.base import Example
 from ot_federated.tasks.language_model import example_losses
@@ -168,6 +169,21 @@ def test_tokens_are_read_from_a_plain_gradient_and_not_from_a_noisy_one() -> Non
     result = recover_tokens(model, noisy, modules, tokens_used=tokens[:-1])
     assert result["at_chance"]
     assert result["recovered"] <= 0.25
+
+
+def test_chance_is_what_random_spans_find() -> None:
+    """Where used tokens share a direction, a random span finds many of them, or none."""
+    torch.manual_seed(0)
+    unit = functional.normalize(torch.randn(400, 16), dim=1)
+    used = np.arange(400) < 40
+    share, (low, high), (auc_low, auc_high) = measure_random_spans(unit, used, rank=4)
+    assert share == pytest.approx(0.1, abs=0.03)
+    assert 0 <= low < share < high < 0.3
+    assert auc_low < 0.5 < auc_high
+    unit[:40] = functional.normalize(unit[:40] * 0.2 + unit[0], dim=1)
+    _, (_, high), (_, auc_high_alike) = measure_random_spans(unit, used, rank=4)
+    assert high > 0.4
+    assert auc_high_alike > auc_high
 
 
 def test_no_span_no_recovery() -> None:
