@@ -1,9 +1,9 @@
 """What each emulator gives away: ``python -m simulations.benchmarks.model_leak``.
 
 One cell is one emulator under every recovery attack and budget (see ``ot-federated audit model``): by default every way
-of keeping blocks and of filling gaps that the config offers. A cell that is done is not measured again; one that fails
-is reported and does not stop the others. Results go to ``simulations/results/model_leak.json``, with tables and a
-figure.
+of keeping blocks with every way of filling gaps that the config offers, and every way of shrinking and quantising them.
+A cell that is done is not measured again; one that fails is reported and does not stop the others. Results go to
+``simulations/results/model_leak.json``, with tables and a figure.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from simulations.benchmarks.environment import write_results
 from simulations.command_line import parse_settings
 
 texts_at_once, tokens_per_text = 32, 256
+num_distillation_steps = 100
+quantised = ("int8", "int4")
 measures = (("R1", "repeat"), ("R2", "repeat, train"), ("R3", "client data"), ("R4", "fresh blocks"))
 
 
@@ -68,7 +70,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="run-config keys")
     parser.add_argument(
-        "--emulators", default="", help="KEEP+GAPS:BLOCKS, separated by commas (default: all that there are)"
+        "--emulators",
+        default="",
+        help="KEEP+GAPS:BLOCKS, with +SHRINK, +TRANSPORT and +distilled-STEPS before the colon where wanted, separated "
+        "by commas (default: all that there are)",
     )
     parser.add_argument("--blocks", default="12", help="numbers of kept blocks, where --emulators is not given")
     parser.add_argument("--budgets", default="0,8000,24000", help="tokens that attacks train on")
@@ -116,10 +121,36 @@ def write_own_text(settings: Sequence[str], path: Path, *, num_tokens: int, seed
 
 
 def offered_emulators(blocks: Sequence[str]) -> list[str]:
-    """Return every way of keeping blocks with every way of filling gaps, at each number of kept blocks."""
+    """Return every way of keeping blocks with every way of filling gaps, and of shrinking and sending, by name."""
+    choices = {key: list_keys()[f"offsite.{key}"].choices for key in ("keep", "gaps", "shrink", "transport")}
+    ways = [f"{keep}+{gaps}" for keep in choices["keep"] for gaps in choices["gaps"] if gaps != "trained-bridge"]
+    ways.append(f"uniform+trained-bridge+distilled-{num_distillation_steps}")
+    ways += [f"uniform+bridge+{shrink}" for shrink in choices["shrink"] if shrink != "none"]
+    ways += [f"uniform+bridge+{transport}" for transport in choices["transport"] if transport in quantised]
+    return [f"{way}:{number}" for number in blocks for way in ways]
+
+
+def read_emulator(name: str) -> list[str]:
+    """Return the settings of an emulator from its name, such as ``influence+bridge+svd+int8+distilled-200:12``.
+
+    Raises:
+        ConfigError: If a part is not the name of anything.
+    """
+    compression, _, blocks = name.partition(":")
+    keep, _, rest = compression.partition("+")
+    gaps, *others = rest.split("+")
+    settings = [f"offsite.keep={keep}", f"offsite.gaps={gaps}", f"offsite.emulator-blocks={blocks}"]
     keys = list_keys()
-    ways = [(keep, gaps) for keep in keys["offsite.keep"].choices for gaps in keys["offsite.gaps"].choices]
-    return [f"{keep}+{gaps}:{number}" for number in blocks for keep, gaps in ways]
+    for word in others:
+        if word in keys["offsite.transport"].choices:
+            settings.append(f"offsite.transport={word}")
+        elif word.startswith("distilled-"):
+            settings.append(f"offsite.distillation-steps={word.removeprefix('distilled-')}")
+        elif f"svd+{word}" in keys["offsite.shrink"].choices and "offsite.shrink=svd" in settings:
+            settings[settings.index("offsite.shrink=svd")] = f"offsite.shrink=svd+{word}"
+        else:
+            settings.append(f"offsite.shrink={word}")
+    return settings
 
 
 def write_report(reports: Sequence[dict[str, Any]], directory: Path, *, command: str) -> None:
@@ -170,11 +201,7 @@ def measure(name: str, settings: Sequence[str], budgets: Sequence[int], director
     """Return an emulator's report, from its file where it was measured before with the same settings and budgets."""
     from tqdm import tqdm
 
-    compression, _, blocks = name.partition(":")
-    keep, _, gaps = compression.partition("+")
-    config = parse_run_config(
-        parse_settings([*settings, f"offsite.keep={keep}", f"offsite.gaps={gaps}", f"offsite.emulator-blocks={blocks}"])
-    )
+    config = parse_run_config(parse_settings([*settings, *read_emulator(name)]))
     asked = {"settings": list(settings), "budgets": list(budgets)}
     path = directory / f"{name.replace(':', '-')}.json"
     if path.exists():

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from ot_federated.config import parse_run_config
 from ot_federated.errors import ConfigError
 from simulations.benchmarks import data_leak
 from simulations.benchmarks.data_leak_report import describe_levels, summarise_levels
+from simulations.benchmarks.model_leak import offered_emulators, read_emulator
+from simulations.command_line import parse_settings
 from simulations.sweep_report import describe_cells, interval_of, kept_share, series, write_report
 
 
@@ -144,3 +147,17 @@ def test_a_level_that_trains_nothing_that_reads_tokens() -> None:
     (level,) = summarise_levels(cells)
     assert (level["tokens_recovered"], level["num_token_runs"]) == (None, 0)
     assert "nothing trains that reads them" in describe_levels([level])
+
+
+def test_every_emulator_that_is_offered_has_a_name_that_is_read() -> None:
+    names = offered_emulators(["3"])
+    assert len(set(names)) == len(names) == 4 * 3 + 1 + 4 + 2
+    for name in names:
+        offsite = parse_run_config(parse_settings(read_emulator(name))).offsite
+        assert name.startswith(f"{offsite.keep}+{offsite.gaps}")
+        assert offsite.emulator_blocks == 3
+    offsite = parse_run_config(parse_settings(read_emulator("cka+share+svd+ffn+int4+distilled-7:5"))).offsite
+    assert (offsite.keep, offsite.gaps, offsite.emulator_blocks) == ("cka", "share", 5)
+    assert (offsite.shrink, offsite.transport, offsite.distillation_steps) == ("svd+ffn", "int4", 7)
+    with pytest.raises(ConfigError, match="offsite.shrink='squeeze' is not one of"):
+        parse_run_config(parse_settings(read_emulator("uniform+bridge+squeeze:5")))
