@@ -93,7 +93,7 @@ def note_aggregated(path: Path) -> None:
     join = OffsiteTuning._join  # the last place where single updates are seen
 
     def noting(strategy: OffsiteTuning, server_round: int, valid: list[Any]) -> Any:
-        updates = [(strategy._name(reply.metadata.src_node_id), _digest(reply)) for reply in valid]
+        updates = [(strategy.participants.name(reply.metadata.src_node_id), _digest(reply)) for reply in valid]
         line = json.dumps({"round": server_round, "updates": updates}) + "\n"
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(descriptor, line.encode())

@@ -94,7 +94,7 @@ def build_train_reply_parser() -> Callable[[bytes], object]:
         aggregator=build_aggregator("fedavg"), source=source, reference=_reference(), on_progress=lambda _line: None
     )
     strategy._sent = dict(strategy.reference)
-    strategy.hellos[question.metadata.dst_node_id] = hello
+    strategy.participants.hellos[question.metadata.dst_node_id] = hello
 
     def parse(data: bytes) -> None:
         if (content := read(data)) is None:

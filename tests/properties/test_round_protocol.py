@@ -267,7 +267,7 @@ class RoundProtocol(RuleBasedStateMachine):
         assert len(self.grid.asked) == len(taking_part) + sum(
             armed.get(node_id, ("", None))[0] == "crash" for node_id in taking_part if self.retries
         )
-        assert {n: o.num_rejections for n, o in self.strategy.rejections.offenders.items()} == {
+        assert {n: o.num_rejections for n, o in self.strategy.participants.rejections.offenders.items()} == {
             n: count for n, count in self.rejected.items() if count
         }
         self.server_round += bool(valid)
