@@ -109,7 +109,7 @@ def audit_data(parsed: argparse.Namespace) -> int:
 def plan_training(config: RunConfig, *, num_examples: int) -> Training:
     """Return how a client would train over a whole run with these settings."""
     from ot_federated.data_owner.audit import Training
-    from ot_federated.data_owner.private_tuning import PrivacySettings
+    from ot_federated.data_owner.private_tuning import build_privacy_settings
     from ot_federated.training import build_optimizer_settings, plan_round
 
     train, privacy = config.train, config.privacy
@@ -119,21 +119,12 @@ def plan_training(config: RunConfig, *, num_examples: int) -> Training:
         local_epochs=train.local_epochs,
         max_steps=train.max_steps,
     )
-    settings = PrivacySettings(
-        target_epsilon=privacy.target_epsilon,
-        target_delta=privacy.target_delta,
-        noise_multiplier=privacy.noise_multiplier,
-        max_grad_norm=privacy.max_grad_norm,
-        clipping=privacy.clipping,
-        engine=privacy.engine,
-        micro_batch_size=privacy.micro_batch_size,
-    )
     return Training(
         batch_size=train.batch_size,
         num_steps=steps,
         optimizer=build_optimizer_settings(train),
         max_grad_norm=train.max_grad_norm,
-        privacy=settings if privacy.mode == "example" else None,
+        privacy=build_privacy_settings(privacy) if privacy.mode == "example" else None,
     )
 
 

@@ -314,10 +314,10 @@ def run_plain_round(work: Assignment) -> tuple[ArrayRecord, dict[str, int | floa
 
 def run_private_round(work: Assignment, context: Context, notes: Notes) -> tuple[ArrayRecord, dict[str, int | float]]:
     """Tune by DP-SGD under the data owner's policy and ledger; return the update and what the owner may tell."""
-    from ot_federated.data_owner.private_tuning import PrivacySettings, tune_privately
+    from ot_federated.data_owner.private_tuning import build_privacy_settings, tune_privately
     from ot_federated.training import TrainingResult, plan_round
 
-    config, privacy = work.config, work.config.privacy
+    config = work.config
     num_steps = plan_round(
         num_examples=len(work.examples),
         batch_size=config.train.batch_size,
@@ -336,15 +336,7 @@ def run_private_round(work: Assignment, context: Context, notes: Notes) -> tuple
         rows=work.rows,
         dataset=str(context.node_config.get("dataset", "")),
         policy=work.policy,
-        settings=PrivacySettings(
-            target_epsilon=privacy.target_epsilon,
-            target_delta=privacy.target_delta,
-            noise_multiplier=privacy.noise_multiplier,
-            max_grad_norm=privacy.max_grad_norm,
-            clipping=privacy.clipping,
-            engine=privacy.engine,
-            micro_batch_size=privacy.micro_batch_size,
-        ),
+        settings=build_privacy_settings(config.privacy),
         run=work.run,
         task=config.task.name,
         device=work.device,

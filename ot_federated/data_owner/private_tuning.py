@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import load, save
 
+from ot_federated.config import PrivacyConfig
 from ot_federated.data_owner.differential_privacy import train_privately
 from ot_federated.data_owner.fine_tuning import load_model_once
 from ot_federated.data_owner.ledger_entries import Release
@@ -56,6 +57,19 @@ class PrivacySettings:
     clipping: str
     engine: str
     micro_batch_size: int
+
+
+def build_privacy_settings(config: PrivacyConfig) -> PrivacySettings:
+    """Return what the run config asks of every client."""
+    return PrivacySettings(
+        target_epsilon=config.target_epsilon,
+        target_delta=config.target_delta,
+        noise_multiplier=config.noise_multiplier,
+        max_grad_norm=config.max_grad_norm,
+        clipping=config.clipping,
+        engine=config.engine,
+        micro_batch_size=config.micro_batch_size,
+    )
 
 
 @lru_cache(maxsize=64)

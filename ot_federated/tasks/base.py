@@ -131,6 +131,18 @@ def mean_interval(values: torch.Tensor, weights: torch.Tensor) -> tuple[float, f
     return float(mean), float(mean) - error, float(mean) + error
 
 
+def score_answers(losses: torch.Tensor, num_right: int) -> Score:
+    """Return the score of examples that have one right answer each, from their losses and how many were right."""
+    loss, low, high = mean_interval(losses, losses.new_ones(len(losses)))
+    return Score(
+        loss=loss,
+        loss_interval=(low, high),
+        num_examples=len(losses),
+        accuracy=num_right / len(losses),
+        accuracy_interval=wilson_interval(num_right, len(losses)),
+    )
+
+
 def wilson_interval(num_right: int, num_examples: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a proportion (E. B. Wilson, JASA 1927)."""
     z = 1.96

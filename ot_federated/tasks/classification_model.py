@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ot_federated.architectures import block_config, find_architecture, find_head
 from ot_federated.errors import DataError
-from ot_federated.tasks.base import LabelledImage, LabelledText, Progress, Score, mean_interval, wilson_interval
+from ot_federated.tasks.base import LabelledImage, LabelledText, Progress, Score, score_answers
 from ot_federated.tasks.language_model import hidden_states, pad
 
 if TYPE_CHECKING:
@@ -89,11 +89,4 @@ def score_classes(
         right += int((logits.argmax(dim=1) == labels).sum())
         if on_progress:
             on_progress(len(batch))
-    loss, low, high = mean_interval(losses, torch.ones(len(losses)))
-    return Score(
-        loss=loss,
-        loss_interval=(low, high),
-        num_examples=len(examples),
-        accuracy=right / len(examples),
-        accuracy_interval=wilson_interval(right, len(examples)),
-    )
+    return score_answers(losses, right)

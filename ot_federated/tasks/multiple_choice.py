@@ -10,13 +10,13 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ot_federated.errors import DataError
-from ot_federated.tasks.base import Example, Progress, Row, Score, mean_interval, wilson_interval
+from ot_federated.tasks.base import Example, Progress, Row, Score, score_answers
 from ot_federated.tasks.language_model import find_cache, hidden_states, pad, target_log_probs
 
 if TYPE_CHECKING:
@@ -97,15 +97,7 @@ class MultipleChoice:
                 losses[index] = -log_probs[question.answer] / len(question.continuations[question.answer])
             if on_progress:
                 on_progress(len(batch))
-        loss, low, high = mean_interval(losses, torch.ones(len(losses)))
-        return Score(
-            loss=loss,
-            loss_interval=(low, high),
-            num_examples=len(questions),
-            accuracy=right / len(questions),
-            accuracy_interval=wilson_interval(right, len(questions)),
-            accuracy_normalised=right_normalised / len(questions),
-        )
+        return replace(score_answers(losses, right), accuracy_normalised=right_normalised / len(questions))
 
     def _read(self, row: Row, number: int) -> Question:
         question, choices, answer = (
