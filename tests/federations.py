@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from flwr.app import Error, Message
 from flwr.clientapp import ClientApp
 from safetensors.torch import load_file
 
-from ot_federated.config import RunConfig, flatten
 from ot_federated.data_owner.client_app import app as client_app
 from ot_federated.messages import arrays_key
 from ot_federated.model_owner.server_app import app as server_app
 from ot_federated.settings import Scalar
 from simulations.in_process import InProcessGrid, node_id_of
+from simulations.small_runs import build_questions, small_settings, write_rows
 
 ReplyHook = Callable[[Message], list[Message]]
 
@@ -49,46 +49,6 @@ class Federation:
     def adapter(self) -> dict[str, torch.Tensor]:
         """The final adapter in fp32, by the full model's parameter names."""
         return load_file(self.output / "adapter" / "adapter.safetensors")
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def build_questions(num: int, *, start: int = 0) -> list[dict[str, Any]]:
-    """Return questions of different lengths with three choices each."""
-    return [
-        {"question": f"What is {i}?" + " Say." * (i % 4), "choices": ["one", "two", "three"], "answer": i % 3}
-        for i in range(start, start + num)
-    ]
-
-
-def small_settings(model: Path, *, data: Path, output: Path) -> dict[str, Scalar]:
-    """Return a whole run config for a small model: one round, a 1-2-1 split, gaps empty, fp32, four test rows."""
-    return flatten(RunConfig()) | {
-        "num-server-rounds": 1,
-        "output-dir": str(output),
-        "model.source": str(model),
-        "model.dtype": "float32",
-        "data.train": str(data),
-        "data.validation": str(data),
-        "data.test": str(data),
-        "offsite.bottom-blocks": 1,
-        "offsite.emulator-blocks": 2,
-        "offsite.top-blocks": 1,
-        "offsite.keep": "uniform",
-        "offsite.gaps": "empty",
-        "train.batch-size": 4,
-        "train.learning-rate": 1e-3,
-        "strategy.min-nodes": 2,
-        "strategy.node-timeout-seconds": 5.0,
-        "strategy.round-timeout-seconds": 60.0,
-        "strategy.shard-bytes": 65536,
-        "evaluation.max-examples": 4,
-        "evaluation.max-validation-examples": 4,
-    }
 
 
 def prepare_federation(

@@ -21,10 +21,10 @@ from simulations.faults.player import (
     digest_delivered,
     import_what_was_needed,
     play,
-    write_questions,
 )
 from simulations.faults.schedules import Schedule, draw_schedule, stage_schedules
 from simulations.small_model import save_small_model
+from simulations.small_runs import build_questions, write_rows
 
 
 def play_all(
@@ -33,7 +33,8 @@ def play_all(
     """Play schedules and return their outcomes; each is compared with a run without faults."""
     # Forked processes must not find threads that are not theirs.
     torch.set_num_threads(1)
-    model, data = save_small_model(directory / "model"), write_questions(directory / "questions.jsonl")
+    model = save_small_model(directory / "model")
+    data = write_rows(directory / "questions.jsonl", build_questions(36))
     references: dict[str, dict[str, str]] = {}
     for aggregator in sorted({schedule.aggregator for schedule in schedules}):
         place = directory / f"whole-{aggregator}"

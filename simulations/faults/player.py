@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ot_federated.cache import file_sha256, partial_suffix
-from ot_federated.config import RunConfig, flatten
 from ot_federated.data_owner.client_app import app as client_app
 from ot_federated.model_owner import results, server_app
 from ot_federated.settings import Scalar
 from simulations.faults.faulty_grid import FaultyGrid, Happened, modules_file, note_modules
 from simulations.faults.schedules import Schedule, num_clients, num_rounds
 from simulations.faults.server import arm, count_updates, note_aggregated
+from simulations.small_runs import small_settings
 
 max_starts = 12
 delivered = ("adapter/adapter.safetensors", "model/model.safetensors")
@@ -29,41 +29,16 @@ gave_up = 3
 
 def build_run_config(directory: Path, *, model: Path, data: Path, aggregator: str) -> dict[str, Scalar]:
     """Return the run config of a schedule: three small rounds in which no update may be missing."""
-    return flatten(RunConfig()) | {
+    return small_settings(model, data=data, output=directory / "run") | {
         "num-server-rounds": num_rounds,
-        "output-dir": str(directory / "run"),
-        "model.source": str(model),
-        "model.dtype": "float32",
-        "data.train": str(data),
-        "data.validation": str(data),
-        "data.test": str(data),
-        "offsite.bottom-blocks": 1,
-        "offsite.emulator-blocks": 2,
-        "offsite.top-blocks": 1,
-        "offsite.keep": "uniform",
-        "offsite.gaps": "empty",
-        "train.batch-size": 4,
         "train.max-steps": 3,
-        "train.learning-rate": 1e-3,
         "strategy.name": aggregator,
         "strategy.min-nodes": num_clients,
         "strategy.min-replies-fraction": 1.0,
         "strategy.node-timeout-seconds": 60.0,
-        "strategy.round-timeout-seconds": 60.0,
-        "strategy.shard-bytes": 2**16,
         "evaluation.max-examples": 1,
         "evaluation.max-validation-examples": 1,
     }
-
-
-def write_questions(path: Path, num: int = 36) -> Path:
-    """Write questions of different lengths."""
-    rows = [
-        {"question": f"What is {i}?" + " Say." * (i % 4), "choices": ["one", "two", "three"], "answer": i % 3}
-        for i in range(num)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def in_new_process(work: Callable[[], None], *, log: Path) -> int:
