@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from ot_federated.messages import arrays_key, metrics_key
 from ot_federated.tuning.lora import lora_a, lora_b, residual_a, residual_b
 from strategies.aggregators import Aggregator
+from strategies.training_only import TrainingOnly
 
 Floats = NDArray[np.float64]
 Pair = tuple[Floats, Floats]
@@ -36,7 +37,7 @@ Pair = tuple[Floats, Floats]
 negligible = 1e-7
 
 
-class StackedLora(Strategy):
+class StackedLora(TrainingOnly):
     """A weighted mean in which pairs of A and B are aggregated by their products.
 
     Args:
@@ -103,16 +104,6 @@ class StackedLora(Strategy):
     ) -> Iterable[Message]:
         """Let the wrapped strategy add what its clients must know."""
         return self.strategy.configure_train(server_round, arrays, config, grid)
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Send nothing: clients do not evaluate."""
-        return []
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Return nothing: clients do not evaluate."""
-        return None
 
     def summary(self) -> None:
         """Log the wrapped strategy's settings."""

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import Result
 
 from ot_federated.errors import ConfigError, OtFederatedError, ProtocolError
 from ot_federated.logs import log_fields, logger
@@ -43,6 +43,7 @@ from strategies.rejections import Rejections
 from strategies.replies import RoundRecord, record_tensors, tensors_record
 from strategies.secure_round import hold_secure_round
 from strategies.traffic import MeteredGrid
+from strategies.training_only import TrainingOnly
 from strategies.validation import Bounds, ValidReply, find_outliers, read_reply
 
 
@@ -50,7 +51,7 @@ class AggregationError(OtFederatedError):
     """A round brought too few valid replies to go on."""
 
 
-class OffsiteTuning(Strategy):
+class OffsiteTuning(TrainingOnly):
     """Distribute the bundle, tune adapters at the clients, validate and aggregate their updates.
 
     Args:
@@ -386,13 +387,3 @@ class OffsiteTuning(Strategy):
         whole[metrics_key] = MetricRecord({"num-examples": num_examples})
         reply.message.content = whole
         return reply.message
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Send nothing: the owner evaluates the plug-in, clients report their loss with their update."""
-        return []
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Return nothing: see :meth:`configure_evaluate`."""
-        return None
