@@ -156,6 +156,19 @@ class Assignment:
     optimizer: OptimizerSettings
     policy: Policy
 
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the round."""
+        from ot_federated.training import plan_round
+
+        train = self.config.train
+        return plan_round(
+            num_examples=len(self.examples),
+            batch_size=train.batch_size,
+            local_epochs=train.local_epochs,
+            max_steps=train.max_steps,
+        )
+
 
 def read_assignment(message: Message, context: Context, directory: Path) -> Assignment:
     """Read the train message, the local data and the data owner's policy.
@@ -271,16 +284,9 @@ def tune(message: Message, context: Context, directory: Path, notes: Notes, *, m
 def run_plain_round(work: Assignment) -> tuple[ArrayRecord, dict[str, int | float]]:
     """Tune without privacy, if the policy allows it; return the update and the metrics."""
     from ot_federated.data_owner.fine_tuning import fine_tune
-    from ot_federated.training import plan_round
 
     config = work.config
-    num_steps = plan_round(
-        num_examples=len(work.examples),
-        batch_size=config.train.batch_size,
-        local_epochs=config.train.local_epochs,
-        max_steps=config.train.max_steps,
-    )
-    work.policy.check_work(plain_steps_per_round=num_steps)
+    work.policy.check_work(plain_steps_per_round=work.num_steps)
     work.policy.check_request(
         task=config.task.name,
         num_rounds=config.num_server_rounds,
@@ -315,15 +321,9 @@ def run_plain_round(work: Assignment) -> tuple[ArrayRecord, dict[str, int | floa
 def run_private_round(work: Assignment, context: Context, notes: Notes) -> tuple[ArrayRecord, dict[str, int | float]]:
     """Tune by DP-SGD under the data owner's policy and ledger; return the update and what the owner may tell."""
     from ot_federated.data_owner.private_tuning import build_privacy_settings, tune_privately
-    from ot_federated.training import TrainingResult, plan_round
+    from ot_federated.training import TrainingResult
 
     config = work.config
-    num_steps = plan_round(
-        num_examples=len(work.examples),
-        batch_size=config.train.batch_size,
-        local_epochs=config.train.local_epochs,
-        max_steps=config.train.max_steps,
-    )
 
     def encode(result: TrainingResult) -> dict[str, np.ndarray[Any, Any]]:
         record = encode_update(result.weights, work.adapter, dtype=work.update_dtype)
@@ -345,14 +345,14 @@ def run_private_round(work: Assignment, context: Context, notes: Notes) -> tuple
         server_round=work.server_round,
         num_rounds=config.num_server_rounds,
         batch_size=config.train.batch_size,
-        num_steps=num_steps,
+        num_steps=work.num_steps,
         optimizer=work.optimizer,
         encode=encode,
         on_step=progress_line(work.client, work.server_round, config),
     )
     record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
     notes.guarantee = guarantee
-    return record, {"num-steps": num_steps, "epsilon": guarantee.epsilon, "delta": guarantee.delta}
+    return record, {"num-steps": work.num_steps, "epsilon": guarantee.epsilon, "delta": guarantee.delta}
 
 
 def progress_line(name: str, server_round: int, config: RunConfig) -> Callable[[StepReport], None]:
