@@ -63,6 +63,11 @@ def check_consistency(config: RunConfig) -> None:
             "client has. Take tuning.lora-aggregation='truncated', or choose alpha at delivery alone."
         )
     parse_alphas(config.evaluation.alphas)
+    if config.offsite.realign_steps and not config.offsite.realign_every_rounds:
+        raise ConfigError(
+            f"offsite.realign-steps={config.offsite.realign_steps} needs offsite.realign-every-rounds: say after how "
+            "many rounds, or set 0 steps."
+        )
     if config.offsite.realign_every_rounds and config.offsite.bridge_rank:
         raise ConfigError(
             f"offsite.realign-every-rounds={config.offsite.realign_every_rounds} fits whole matrices anew, and "

@@ -56,6 +56,12 @@ class OffsiteConfig:
         "them alone; 0: never.",
         minimum=0,
     )
+    realign_steps: int = setting(
+        0,
+        "Then also distil the bridges for so many steps against the full model with the current adapter in it, as "
+        "offsite.distillation-batch-size, -learning-rate and -weights say; 0: closed form alone.",
+        minimum=0,
+    )
     bridge_ridge: float = setting(
         0.01, "Ridge penalty of the bridges, as a fraction of the mean diagonal of X'X.", minimum=0
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -27,7 +28,7 @@ from ot_federated.model_owner.harness import check_harness, parse_tasks
 from ot_federated.model_owner.head_start import fit_head, has_untrained_head
 from ot_federated.model_owner.plug_in import plugged_in
 from ot_federated.model_owner.preparation import prepare_bundle, prepare_windows
-from ot_federated.model_owner.realignment import Realignment, refit_bridges
+from ot_federated.model_owner.realignment import Realignment, distil_bridges, refit_bridges
 from ot_federated.package_assets import is_package_source
 from ot_federated.processors import set_image_size
 from ot_federated.reporting.run_directory import RunDirectory
@@ -142,10 +143,24 @@ def build_realignment(owner: Owner, *, last_round: int) -> Realignment:
         parts = Parts(model, owner.processor, owner.task, owner.device, owner.dtype)
         num_tokens = config.offsite.calibration_tokens
         windows = prepare_windows(model, owner.processor, read_public(config, parts), num_tokens=num_tokens)
-        return refit_bridges(model, owner.manifest, windows, ridge=config.offsite.bridge_ridge)
+        bridges = refit_bridges(model, owner.manifest, windows, ridge=config.offsite.bridge_ridge)
+        if config.offsite.realign_steps:
+            bridges = distil_bridges(
+                model,
+                owner.bundle,
+                owner.manifest,
+                bridges,
+                windows,
+                settings=describe_distillation(config, num_steps=config.offsite.realign_steps),
+                checkpoints=directory / "distillation",
+            )
+        return bridges
 
+    directory = owner.run.path / "realigned"
+    # What is left of a distillation that was stopped may belong to another round.
+    shutil.rmtree(directory / "distillation", ignore_errors=True)
     return Realignment(
-        owner.run.path / "realigned",
+        directory,
         base=(owner.bundle, owner.manifest),
         every_rounds=config.offsite.realign_every_rounds,
         refit=refit,
@@ -238,20 +253,20 @@ def make_bundle(config: RunConfig, parts: Parts) -> tuple[Path, Manifest]:
         shrink=offsite.shrink,
         shrink_keep=offsite.shrink_keep,
         transport=offsite.transport,
-        distillation=build_distillation(config),
+        distillation=describe_distillation(config, num_steps=offsite.distillation_steps)
+        if offsite.distillation_steps
+        else None,
         distillation_tokens=offsite.distillation_tokens,
         recipe=bundle_recipe(config, parts.dtype) | {"commit": getattr(parts.model.config, "_commit_hash", None)},
         say=say,
     )
 
 
-def build_distillation(config: RunConfig) -> Distillation | None:
-    """Return how the emulator is distilled; None for not at all."""
+def describe_distillation(config: RunConfig, *, num_steps: int) -> Distillation:
+    """Return how the emulator is distilled in so many steps."""
     offsite = config.offsite
-    if not offsite.distillation_steps:
-        return None
     return Distillation(
-        num_steps=offsite.distillation_steps,
+        num_steps=num_steps,
         batch_size=offsite.distillation_batch_size,
         learning_rate=offsite.distillation_learning_rate,
         trains=offsite.distillation_trains,
@@ -339,7 +354,8 @@ def bundle_recipe(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
     if config.has_head:
         data["classes"] = choose_classes(config)
     offsite = asdict(config.offsite)
-    del offsite["realign_every_rounds"]  # makes later versions, not the bundle
+    for later in ("realign_every_rounds", "realign_steps"):  # make later versions, not the bundle
+        del offsite[later]
     return {
         "model": model_fingerprint(config.model.source, revision=config.model.revision),
         "dtype": str(dtype),

@@ -4,7 +4,7 @@ The bottom adapter's tuning changes what the middle gets, and a bridge that was 
 stands for the blocks it replaced. The linear map has a closed form, so the owner fits it anew on public text, with the
 adapter plugged in, and clients are sent the new bridges alone. The idea is that of FedBiOT (Feijie Wu et al., "FedBiOT:
 LLM Local Fine-tuning in Federated Learning without Full Model", KDD 2024, https://arxiv.org/abs/2406.17706) and FedPFT
-(Zhaopeng Peng et al., IJCAI 2024, https://arxiv.org/abs/2404.11536), which distil instead.
+(Zhaopeng Peng et al., IJCAI 2024, https://arxiv.org/abs/2404.11536), which distil instead; that can follow the fit.
 
 A realigned emulator is a new version of the bundle, named by its own digest: the base's files, and one more with the
 tensors that changed. Versions are kept in the run directory::
@@ -27,9 +27,11 @@ from safetensors.torch import save_file
 
 from ot_federated.bundle import Manifest, describe_files, manifest_name, read_manifest, realignment_file, verify_files
 from ot_federated.cache import atomic_directory, link_or_copy
+from ot_federated.emulated_model import read_bundle_tensors
 from ot_federated.errors import BundleError, CheckpointError
 from ot_federated.logs import logger
 from ot_federated.model_owner.compression.calibration import fit_bridges
+from ot_federated.model_owner.compression.distillation import Distillation, distil
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,6 +61,46 @@ def refit_bridges(
     }
 
 
+def distil_bridges(
+    model: PreTrainedModel,
+    bundle: Path,
+    manifest: Manifest,
+    bridges: Mapping[str, torch.Tensor],
+    windows: torch.Tensor,
+    *,
+    settings: Distillation,
+    checkpoints: Path,
+) -> dict[str, torch.Tensor]:
+    """Return bridges, by role name, after distillation against a full model with a tuned adapter in it.
+
+    Args:
+        model: The full model, tuned.
+        bundle: The bundle's directory: what its emulator has beside the bridges stays.
+        manifest: Its manifest.
+        bridges: Where they start.
+        windows: Token windows of public text ``(num_windows, window)``.
+        settings: How; only bridges train.
+        checkpoints: A directory of this very distillation's own.
+    """
+    kept = {
+        name: tensor
+        for name, tensor in read_bundle_tensors(bundle, manifest).items()
+        if name.startswith("emulator.") and name not in bridges
+    }
+    tensors = {name: tensor.to(model.device) for name, tensor in (kept | dict(bridges)).items()}
+    distilled = distil(
+        model,
+        manifest.stack,
+        tensors,
+        windows,
+        windows[:0],
+        settings=replace(settings, trains="bridges", validation_steps=0),
+        checkpoints=checkpoints,
+        say=logger.info,
+    )
+    return {name: distilled[name].contiguous().cpu() for name in bridges}
+
+
 class Realignment:
     """The versions of a run's bundle.
 
@@ -66,7 +108,7 @@ class Realignment:
         directory: Where versions are kept.
         base: Directory and manifest of the bundle.
         every_rounds: A new version after every so many rounds; 0 for none.
-        refit: What is fitted to the tuned model. Closed-form bridges; a distillation would stand here too.
+        refit: What is fitted to the tuned model.
         plugged_in: Plugs a state into the full model for the length of a ``with`` block.
         last_round: The round after which the run goes on; versions of later rounds are dropped.
     """

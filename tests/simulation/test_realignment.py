@@ -10,10 +10,12 @@ import torch
 from flwr.app import Message
 
 from ot_federated.bundle import read_manifest, read_tensors, realignment_file
+from ot_federated.emulated_model import build_emulated_model
 from ot_federated.errors import CheckpointError, ConfigError
 from ot_federated.model_owner.compression.calibration import block_states, fit_bridges
-from ot_federated.model_owner.realignment import refit_bridges
-from ot_federated.model_owner.splitting import plan_stack, write_bundle
+from ot_federated.model_owner.compression.distillation import Distillation, distillation_loss, target_blocks
+from ot_federated.model_owner.realignment import distil_bridges, refit_bridges
+from ot_federated.model_owner.splitting import plan_stack, split_tensors, write_bundle
 from ot_federated.settings import Scalar
 from tests.families import build_family_model, byte_tokenizer, num_blocks
 from tests.federations import Federation, is_train_reply, run_federation, write_rows
@@ -96,6 +98,53 @@ def test_only_the_change_travels_and_a_restart_changes_nothing(llama_directory: 
 
     without = settings | {"offsite.realign-every-rounds": 0}
     assert run_federation(tmp_path / "without", llama_directory, settings=without).digest != whole.digest
+
+
+def test_bridges_are_distilled_too_and_a_restart_changes_nothing(llama_directory: Path, tmp_path: Path) -> None:
+    fitted = settings_in(tmp_path)
+    settings = fitted | {"offsite.realign-steps": 3, "offsite.distillation-learning-rate": 1e-3}
+    whole = run_federation(tmp_path / "whole", llama_directory, settings=settings)
+    plain = run_federation(tmp_path / "plain", llama_directory, settings=fitted)
+    changes = [read_tensors(version(run, 1) / realignment_file) for run in (whole, plain)]
+    assert changes[0].keys() == changes[1].keys()
+    assert not any(torch.equal(changes[0][name], changes[1][name]) for name in changes[0] if name.endswith("weight"))
+    assert whole.rounds[2]["bundle_bytes"] == plain.rounds[2]["bundle_bytes"]
+    assert not (whole.output / "realigned" / "distillation").exists()
+
+    stop_in_round(3, tmp_path / "cut", llama_directory, settings)
+    assert resume(tmp_path / "cut", llama_directory, settings).digest == whole.digest
+
+
+def test_distilled_bridges_are_nearer_to_the_tuned_model(tmp_path: Path) -> None:
+    model = build_family_model("llama")
+    windows = torch.randint(4, 260, (24, 64), generator=torch.Generator().manual_seed(0))
+    stack = plan_stack(num_blocks=num_blocks, bottom=2, top=1, kept=[4], bridged=True)
+    gaps = [(entry.first_block, entry.last_block) for entry in stack if entry.role == "bridge"]
+    bundle = tmp_path / "bundle"
+    manifest = write_bundle(
+        bundle,
+        model=model,
+        tokenizer=byte_tokenizer(),
+        stack=stack,
+        bridges=fit_bridges(model, windows, gaps, ridge=0.01),
+        compression="uniform+bridge",
+    )
+    start = {name: tensor for name, tensor in read_tensors(bundle / "emulator.safetensors").items() if "bridge" in name}
+    settings = Distillation(num_steps=30, batch_size=8, learning_rate=3e-3, cross_entropy_weight=0.0)
+    targets = target_blocks(stack, num_blocks=manifest.num_blocks)
+
+    def loss(bridges: dict[str, torch.Tensor]) -> float:
+        parts = split_tensors(model, stack, bridges={})
+        emulated = build_emulated_model(
+            manifest, {**parts["adapter"], **parts["frozen"], **parts["emulator"], **bridges}
+        )
+        return float(distillation_loss(model, emulated, windows, targets=targets, settings=settings).detach())
+
+    distilled = distil_bridges(
+        model, bundle, manifest, start, windows, settings=settings, checkpoints=tmp_path / "checkpoints"
+    )
+    assert distilled.keys() == start.keys()
+    assert loss(distilled) < 0.97 * loss(start)
 
 
 def test_who_lost_its_bundle_gets_the_realigned_one_whole_in_the_same_round(
