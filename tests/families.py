@@ -82,20 +82,25 @@ _image_families: dict[str, dict[str, Any]] = {
 image_family_names = tuple(_image_families)
 
 
-def build_family_model(
-    family: str, *, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> PreTrainedModel:
-    """Build a random model of one family; blocks differ enough that a wrong order would show."""
-    torch.manual_seed(seed)
-    vocabulary = {"vocab_size": 260, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    config = AutoConfig.for_model(family, tie_word_embeddings=tied, **vocabulary, **_families[family])
-    model = AutoModelForCausalLM.from_config(config).eval()
+def _draw_weights(model: torch.nn.Module) -> None:
+    """Draw weights anew: blocks then differ enough that a wrong order would show."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.15)
             elif "bias" in name:
                 parameter.normal_(std=0.05)
+
+
+def build_family_model(
+    family: str, *, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Build a random model of one family."""
+    torch.manual_seed(seed)
+    vocabulary = {"vocab_size": 260, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = AutoConfig.for_model(family, tie_word_embeddings=tied, **vocabulary, **_families[family])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    _draw_weights(model)
     for parameter in model.parameters():
         # Not model.to(dtype), which would also round the rotary frequencies: from_pretrained leaves them in fp32.
         parameter.data = parameter.data.to(dtype)
@@ -129,12 +134,7 @@ def save_image_model(directory: Path, family: str = "vit", *, seed: int = 0, cla
     config = AutoConfig.for_model(family, **_image_families[family])
     config.num_labels = classes
     model = AutoModelForImageClassification.from_config(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.15)
-            elif "bias" in name:
-                parameter.normal_(std=0.05)
+    _draw_weights(model)
     model.save_pretrained(directory)
     ViTImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(directory)
     return directory

@@ -14,8 +14,8 @@ from torch import nn
 from ot_federated.data_owner.differential_privacy import train_privately
 from ot_federated.data_owner.per_example_gradients import engine_names
 from ot_federated.secure_random import SecureRandom
-from ot_federated.tasks.base import Example
 from ot_federated.training import OptimizerSettings, TrainingResult, train
+from tests.examples import build_examples
 from tests.families import build_family_model
 
 num_steps = 5
@@ -23,16 +23,7 @@ optimizer = OptimizerSettings(learning_rate=1e-3, lr_schedule="cosine", warmup_f
 schedule: dict[str, Any] = {"num_steps": num_steps, "first_step": 1, "total_steps": 8}
 
 
-def build_examples() -> list[Example]:
-    generator = torch.Generator().manual_seed(0)
-    lengths = [9, 14, 6, 11, 14, 7]
-    return [
-        Example(tuple(torch.randint(4, 260, (length,), generator=generator).tolist()), 2 + index % 3)
-        for index, length in enumerate(lengths)
-    ]
-
-
-examples = build_examples()
+examples = build_examples([(9, 2), (14, 3), (6, 4), (11, 2), (14, 3), (7, 4)])
 
 
 def trained_part(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -33,23 +33,11 @@ from strategies.rejections import Rejections
 from strategies.replies import tensors_record
 from strategies.validation import Bounds
 from tests.bundles import build_manifest
+from tests.clocks import FakeClock
 
 num_nodes, limit = 4, 3
 reference = {"bottom.0.a": torch.zeros(2, 2), "top.0.b": torch.ones(3)}
 nodes = st.integers(1, num_nodes)
-
-
-class Clock:
-    """Stands for the module ``time`` in the exchange: sleeping moves it, and nobody waits."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
 
 def set_first_value(value: float) -> Callable[[RecordDict], None]:
@@ -185,7 +173,7 @@ class RoundProtocol(RuleBasedStateMachine):
     @initialize(seed=st.integers(0, 2**32 - 1), retries=st.integers(0, 1))
     def begin(self, seed: int, retries: int) -> None:
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr("strategies.exchange.time", Clock())
+        self.patch.setattr("strategies.exchange.time", FakeClock())
         self.directory = tempfile.TemporaryDirectory()
         manifest = build_manifest(files=(BundleFile("adapter.safetensors", 10, "ab" * 32),))
         (Path(self.directory.name) / manifest_name).write_bytes(manifest.to_bytes())

@@ -9,17 +9,9 @@ import torch
 from torch import nn
 
 from ot_federated.tasks.base import Example
+from tests.examples import build_examples
 
-
-def build_examples() -> list[Example]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(4, 1), (31, 3), (9, 8), (9, 2), (17, 3)]
-    return [
-        Example(tuple(torch.randint(4, 260, (length,), generator=generator).tolist()), num) for length, num in shapes
-    ]
-
-
-examples = build_examples()
+examples = build_examples([(4, 1), (31, 3), (9, 8), (9, 2), (17, 3)])
 
 
 def trained_part(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -8,23 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from ot_federated.tasks.base import Example
 from ot_federated.training import OptimizerSettings, train
+from tests.examples import build_examples
 from tests.families import build_family_model
 
 num_steps = 6
 
 
-def build_examples() -> list[Example]:
-    generator = torch.Generator().manual_seed(0)
-    lengths = [9, 14, 6, 11, 14, 7]
-    return [
-        Example(tuple(torch.randint(4, 260, (length,), generator=generator).tolist()), 2 + index % 3)
-        for index, length in enumerate(lengths)
-    ]
-
-
-examples = build_examples()
+examples = build_examples([(9, 2), (14, 3), (6, 4), (11, 2), (14, 3), (7, 4)])
 batches = [[0, 1], [2, 3, 4], [5], [1, 0], [4, 2, 3], [5, 0, 1]]
 
 

@@ -6,7 +6,6 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from ot_federated.errors import OtFederatedError
 from strategies import exchange
 from strategies.exchange import NodeTimeoutError
 from strategies.offsite_tuning import AggregationError
+from tests.clocks import FakeClock
 from tests.federations import (
     Federation,
     build_questions,
@@ -29,23 +29,10 @@ from tests.federations import (
 )
 
 
-class FakeClock:
-    """A clock that only sleeping moves: waits take no time, and how long they were is known."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     fake = FakeClock()
-    monkeypatch.setattr(exchange, "time", SimpleNamespace(monotonic=fake.monotonic, sleep=fake.sleep))
+    monkeypatch.setattr(exchange, "time", fake)
     return fake
 
 
