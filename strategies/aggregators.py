@@ -4,15 +4,18 @@ Papers: FedAvg https://arxiv.org/abs/1602.05629, FedProx https://arxiv.org/abs/1
 https://arxiv.org/abs/1909.06335, FedAdam, FedYogi and FedAdagrad https://arxiv.org/abs/2003.00295, FedMedian and
 FedTrimmedAvg https://arxiv.org/abs/1803.01498, Krum and MultiKrum https://arxiv.org/abs/1703.02757, Bulyan
 https://arxiv.org/abs/1802.07927. The mathematics is Flower's; what is ours is the table, the number of replies
-each needs, and saving what it remembers.
+each needs, a word where there are too few to trim, and saving what it remembers.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
 
@@ -98,7 +101,7 @@ def build_aggregator(
         case "fedmedian":
             return Aggregator(flower.FedMedian(**everyone))
         case "fedtrimmedavg":
-            return Aggregator(flower.FedTrimmedAvg(**everyone, beta=trim_fraction))
+            return Aggregator(FedTrimmedAvg(**everyone, beta=trim_fraction))
         case "krum":
             return Aggregator(flower.Krum(**everyone, num_malicious_nodes=f), 2 * f + 3)
         case "multikrum":
@@ -111,6 +114,43 @@ def build_aggregator(
                 f"strategy.name={name!r} is unknown{nearest_match(name, aggregator_names)}. Known: "
                 f"{', '.join(sorted(aggregator_names))}."
             )
+
+
+class FedTrimmedAvg(flower.FedTrimmedAvg):
+    """Flower's trimmed mean, which warns once where it trims nothing."""
+
+    _has_warned = False
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Return the mean of what is left when the ends are cut off."""
+        replies = list(replies)
+        if not self._has_warned and int(self.beta * len(replies)) == 0:
+            self._has_warned = True
+            logger.warning(
+                "strategy.trim-fraction=%g cuts nothing off %d replies, whose mean withstands no faulty client. %s",
+                self.beta,
+                len(replies),
+                describe_trimming(self.beta, num_replies=len(replies)),
+            )
+        return super().aggregate_train(server_round, replies)
+
+
+def describe_trimming(fraction: float, *, num_replies: int) -> str:
+    """Return the least number of replies that ``fraction`` cuts, and the least fraction that cuts ``num_replies``."""
+    parts = []
+    if fraction >= 1e-9:  # a smaller one cuts no number of replies that there can be
+        num_cut = math.ceil(1 / fraction)
+        # The float next to 1/49, for one, times 49 is a little less than 1.
+        num_cut += int(fraction * num_cut) == 0
+        parts.append(f"It cuts from {num_cut} replies on.")
+    # Four decimals, rounded up; at half nothing would be left of two.
+    if num_replies > 2:
+        parts.append(f"Of {num_replies} replies strategy.trim-fraction={math.ceil(1e4 / num_replies) / 1e4:g} cuts.")
+    else:
+        parts.append("Of fewer than 3 replies none can be cut.")
+    return " ".join(parts)
 
 
 def fit_selection(aggregator: Aggregator, *, num_replies: int) -> None:

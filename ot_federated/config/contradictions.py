@@ -165,6 +165,12 @@ def _check_secure_aggregation(config: RunConfig) -> None:
             f"single updates: the server sees none. Take one of {', '.join(mean_aggregators)}."
         )
     _check_no_norm_bound(config, "strategy.secure-aggregation=true", "the server sees no single update")
+    if config.strategy.straggler_seconds:
+        raise ConfigError(
+            f"strategy.straggler-seconds={config.strategy.straggler_seconds:g} does not go with "
+            "strategy.secure-aggregation=true: each of its steps waits for every client, until "
+            "strategy.round-timeout-seconds. Set strategy.straggler-seconds=0, and that limit as you can wait."
+        )
     if config.privacy.mode == "client":
         raise ConfigError(
             "strategy.secure-aggregation=true does not go with privacy.mode='client': the server cannot clip updates "

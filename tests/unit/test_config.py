@@ -172,3 +172,12 @@ def test_values_beyond_any_use(name: str, value: Any, reason: str) -> None:
 def test_no_norm_bound_where_no_single_update_is_seen(other: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="max-update-norm=2 does not go with"):
         parse_run_config({"strategy.max-update-norm": 2.0, "privacy.clients-per-round": 5, **other})
+
+
+def test_no_limit_for_stragglers_where_every_client_is_waited_for() -> None:
+    stragglers = {"strategy.straggler-seconds": 2.5}
+    with pytest.raises(
+        ConfigError, match=r"straggler-seconds=2\.5 does not go with strategy\.secure-aggregation=true.*seconds=0"
+    ):
+        parse_run_config({"strategy.secure-aggregation": True, **stragglers})
+    assert parse_run_config(stragglers).strategy.straggler_seconds == 2.5
