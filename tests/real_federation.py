@@ -16,35 +16,25 @@ import http.client
 import json
 import os
 import shutil
-import signal
-import socket
+import ssl
 import subprocess
 import sysconfig
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-import pytest
+from safetensors.torch import load_file
+from torch import Tensor
 
-import ot_federated
-from ot_federated.certificates import issue_server_certificate, make_authority, make_node_key
+from ot_federated.certificates import issue_server_certificate, make_authority
 from ot_federated.settings import Scalar
 from simulations.launcher import to_toml
 from simulations.processes import end_processes, token_variable
 from tests.federations import build_questions, small_settings, write_rows
-
-checkout = Path(ot_federated.__file__).parents[1]
-deploy = checkout / "deploy"
-nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
-
-needs_real_processes = [
-    pytest.mark.skipif(os.name != "posix", reason="ends processes by POSIX signals"),
-    pytest.mark.skipif(nginx is None, reason="nginx is missing (Debian: apt-get install nginx-light)"),
-]
+from tests.parties import Node, Party, Proxy, SuperLink, checkout, deploy, wait_until
 
 
 @dataclass(frozen=True)
@@ -73,178 +63,9 @@ class Outcome:
         lines = map(json.loads, (self.output / "metrics.jsonl").read_text().splitlines())
         return [line for line in lines if line.get("clients")]
 
-
-class Party:
-    """One party's process: its directory, its log, its environment."""
-
-    def __init__(self, federation: RealFederation, name: str) -> None:
-        self.federation = federation
-        self.name = name
-        self.directory = federation.root / name
-        self.directory.mkdir(parents=True)
-        self.log = self.directory / "output.log"
-        self.process: subprocess.Popen[bytes] | None = None
-        self.environment = {
-            **federation.environment,
-            "XDG_STATE_HOME": str(self.directory / "state"),
-            "OT_FEDERATED_CACHE": str(self.directory / "cache"),
-            "FLWR_HOME": str(self.directory / "flower"),
-        }
-
-    def launch(self, command: Sequence[str], **environment: str) -> None:
-        """Start the party's process; its output is appended to its log."""
-        with self.log.open("ab") as output:
-            self.process = subprocess.Popen(
-                command,
-                cwd=self.directory,
-                env={**self.environment, **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def start(self) -> None:
-        raise NotImplementedError
-
-    def stop(self) -> None:
-        """End the process as an operator would, and wait for it."""
-        if self.process is not None:
-            family = self.family()
-            self.process.terminate()
-            try:
-                self.process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait(timeout=20)
-            _, alive = psutil.wait_procs(family, timeout=5)
-            for process in alive:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
-
-    def kill(self) -> None:
-        """End the process and all that it started, without a word."""
-        for process in [*self.family(), *([psutil.Process(self.process.pid)] if self.is_alive else [])]:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        if self.process is not None:
-            self.process.wait(timeout=20)
-
-    @property
-    def is_alive(self) -> bool:
-        return self.process is not None and self.process.poll() is None
-
-    def family(self, command: str = "") -> list[psutil.Process]:
-        """Return what the process has started; those whose command line has ``command`` in it."""
-        found = []
-        with contextlib.suppress(psutil.Error):
-            if self.process is not None:
-                for child in psutil.Process(self.process.pid).children(recursive=True):
-                    with contextlib.suppress(psutil.Error):
-                        if any(command in word for word in child.cmdline()):
-                            found.append(child)
-        return found
-
-
-class SuperLink(Party):
-    """The model owner's SuperLink, reachable on loopback alone."""
-
-    def __init__(self, federation: RealFederation) -> None:
-        super().__init__(federation, "superlink")
-        self.port = find_free_port()
-
-    def start(self) -> None:
-        self.launch(
-            [str(deploy / "owner" / "superlink.sh")],
-            OT_FEDERATED_KEYS=str(self.federation.keys),
-            OT_FEDERATED_STATE=str(self.directory),
-            OT_FEDERATED_PORT=str(self.port),
-        )
-        wait_until(lambda: is_listening(self.port), seconds=300, what=self.federation.logs)
-
-
-class Proxy(Party):
-    """nginx with the configuration of ``deploy/``."""
-
-    def __init__(self, federation: RealFederation, *, upstream: int) -> None:
-        super().__init__(federation, "proxy")
-        self.port = find_free_port()
-        text = (deploy / "owner" / "nginx.conf").read_text()
-        for old, new in {
-            "listen 9443 ssl;": f"listen 127.0.0.1:{self.port} ssl;",
-            "https://127.0.0.1:9093;": f"https://127.0.0.1:{upstream};",
-            "/etc/ot-federated/keys/": f"{federation.keys}/",
-        }.items():
-            assert old in text, f"deploy/owner/nginx.conf has no {old!r}"
-            text = text.replace(old, new)
-        (self.directory / "site.conf").write_text(text)
-        # What Debian's own nginx.conf has around it, with every path in this directory.
-        user = "user root;\n" if os.geteuid() == 0 else ""
-        temporary = "".join(f"{kind}_temp_path {kind};\n" for kind in temporary_kinds)
-        (self.directory / "nginx.conf").write_text(
-            f"{user}daemon off;\nworker_processes 1;\npid nginx.pid;\nerror_log stderr warn;\nevents {{}}\n"
-            f"http {{\naccess_log access.log;\n{temporary}include site.conf;\n}}\n"
-        )
-
-    def start(self) -> None:
-        assert nginx is not None
-        self.launch([nginx, "-p", f"{self.directory}/", "-c", "nginx.conf", "-e", "stderr"])
-        wait_until(lambda: is_listening(self.port), seconds=120, what=self.federation.logs)
-
-
-temporary_kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-
-
-class Node(Party):
-    """A data owner's SuperNode."""
-
-    def __init__(self, federation: RealFederation, name: str, *, data: Path, node_config: Mapping[str, Scalar]) -> None:
-        super().__init__(federation, name)
-        self.data = data
-        self.etc = self.directory / "etc"
-        self.etc.mkdir()
-        self.private_key, self.public_key = make_node_key(self.etc / "node.key")
-        shutil.copyfile(federation.keys / "ca.crt", self.etc / "ca.crt")
-        self.trail = self.directory / "trail.jsonl"
-        self.bundles = self.directory / "bundles"
-        self.policy = self.etc / "policy.toml"
-        self.policy.write_text("format = 1\nrequire-privacy = false\n")
-        self.node_config: dict[str, Scalar] = {
-            # Its own word for itself: not the name by which the model owner registered it.
-            "name": f"self-named-{name}",
-            "data-path": str(data),
-            "policy": str(self.policy),
-            "cache-dir": str(self.bundles),
-            "trail": str(self.trail),
-            **node_config,
-        }
-
-    def start(self, *options: str) -> None:
-        """Start it; ``options`` are further ones of ``flower-supernode``."""
-        (self.etc / "node.toml").write_text(to_toml(self.node_config))
-        self.launch(
-            [str(deploy / "data-owner" / "supernode.sh"), *options],
-            OT_FEDERATED_SUPERLINK=f"127.0.0.1:{self.federation.proxy.port}",
-            OT_FEDERATED_ETC=str(self.etc),
-            OT_FEDERATED_NODE_PORT=str(find_free_port()),
-        )
-
-    @property
-    def node_id(self) -> str:
-        """The id that the SuperLink knows it by, once it is connected."""
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.is_file() else []
-        return next((line.split()[-1] for line in lines if "SuperNode ID:" in line), "")
-
-    def client_apps(self) -> list[psutil.Process]:
-        """Return the processes that answer a message at this moment: forks of the warm process, or new ones."""
-        found = []
-        for process in self.family():
-            with contextlib.suppress(psutil.Error):
-                parent, words = process.parent(), process.cmdline()
-                forked = parent is not None and "serve" in parent.cmdline() and "serve" in words
-                cold = any(word.endswith("/flwr-clientapp") for word in words) and "run" not in words
-                found += [process] if forked or cold else []
-        return found
+    def checkpoint(self, server_round: int) -> dict[str, Tensor]:
+        """The aggregated adapter after a round."""
+        return load_file(self.output / "checkpoints" / f"round-{server_round:04d}" / "adapter.safetensors")
 
 
 @dataclass
@@ -396,7 +217,7 @@ class RealFederation:
         """Wait until a run has left its summary, or the reason of its failure, and is over."""
         ends = (output / "summary.json", output / "failure.txt")
         wait_until(lambda: any(path.is_file() for path in ends), seconds=seconds, what=self.logs)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not (found := self.find_run(run_id))["status"].startswith("finished"):
             assert time.monotonic() < deadline, self.logs()
         return Outcome(
@@ -418,6 +239,51 @@ class RealFederation:
         return "\n".join(f"== {log.parent.name}\n{log.read_text(errors='replace')[-6000:]}" for log in logs)
 
 
+def refusal_of(federation: RealFederation, node: Node, *signs: str) -> str:
+    """Wait until a node was refused and return what it says of it, which must be one of ``signs``."""
+
+    def found() -> list[str]:
+        text = node.text
+        assert "SuperNode ID" not in text, text
+        return [sign for sign in signs if sign in text] or ([] if node.is_alive else ["none of these"])
+
+    wait_until(found, seconds=120, what=federation.logs)
+    (sign, *_) = found()
+    node.stop()
+    return sign
+
+
+def call(
+    federation: RealFederation, port: int, path: str, *, method: str = "POST", body: bytes = b"", protobuf: bool = False
+) -> tuple[int, str]:
+    """Call nginx or the SuperLink as anybody could who has the authority's certificate."""
+    context = ssl.create_default_context(cafile=str(federation.keys / "ca.crt"))
+    connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=30, context=context)
+    headers = {"Content-Type": "application/protobuf", "Accept": "application/protobuf"} if protobuf else {}
+    try:
+        connection.request(method, path, body=body, headers=headers)
+        response = connection.getresponse()
+        return response.status, response.read().decode(errors="replace")
+    finally:
+        connection.close()
+
+
+def examine(federation: RealFederation, side: str, *, node: Node | None = None, proxy: int = 0) -> dict[str, Any]:
+    """Ask the doctor about one side."""
+    door = f"127.0.0.1:{proxy or federation.proxy.port}"
+    if side == "owner":
+        options = ["--keys", str(federation.keys), "--superlink", f"127.0.0.1:{federation.superlink.port}"]
+        options += ["--proxy", door, "--state", str(federation.superlink.directory), "--connection", "owner"]
+    else:
+        assert node is not None
+        options = ["--etc", str(node.etc), "--superlink", door]
+    done = federation.execute("ot-federated", "doctor", side, *options, "--json", party=node, check=False)
+    assert done.stdout, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert done.returncode == (1 if found["errors"] else 0)
+    return found
+
+
 def copy_release(target: Path) -> Path:
     """Copy what a release consists of."""
     target.mkdir(parents=True)
@@ -426,36 +292,3 @@ def copy_release(target: Path) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copyfile(checkout / name, target / name)
     return target
-
-
-def find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def is_listening(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-        return True
-    return False
-
-
-def is_healthy(port: int) -> bool:
-    """Say whether a SuperLink without TLS answers."""
-    with contextlib.suppress(OSError, http.client.HTTPException):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1.0)
-        connection.request("GET", "/health")
-        return connection.getresponse().status == http.client.OK
-    return False
-
-
-def wait_until(condition: Callable[[], object], *, seconds: float, what: Callable[[], str]) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what()
-        time.sleep(0.1)
-
-
-def freeze(process: psutil.Process) -> None:
-    """Stop a process where it is; ``process.resume()`` lets it go on."""
-    process.send_signal(signal.SIGSTOP)

@@ -51,6 +51,7 @@ from ot_federated.data_owner import warm_start
 from ot_federated.data_owner.app_bundle import AppBundleError, max_bundle_bytes
 from ot_federated.data_owner.approved_code import ApprovalError, ApprovedCode
 from ot_federated.data_owner.audit_trail import Content, Entry, append_entry, choose_trail
+from ot_federated.data_owner.first_contact import look_at_connection, not_taken
 from ot_federated.errors import ConfigError, OtFederatedError
 from ot_federated.logs import log_fields, logger, show_lines
 
@@ -84,7 +85,7 @@ def run_supernode(arguments: Sequence[str], approved: ApprovedCode, *, warm: boo
         ApprovalError: If the list cannot be trusted, or this Flower is not one that can be guarded.
     """
     show_lines()
-    check_options(arguments)
+    superlink, authority = check_options(arguments)
     num_approved = len(approved.read())
     guard(approved)
     logger.info(
@@ -93,6 +94,7 @@ def run_supernode(arguments: Sequence[str], approved: ApprovedCode, *, warm: boo
         approved.path,
         "" if num_approved else ": every run will be refused until one is approved (ot-federated approve)",
     )
+    look_at_connection(superlink, authority)
     sys.argv = ["flower-supernode", *arguments]
     with own_flower_home() as home:
         os.environ |= {
@@ -102,11 +104,19 @@ def run_supernode(arguments: Sequence[str], approved: ApprovedCode, *, warm: boo
             "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]),
         }
         with serve_warm_starts(home) if warm else nullcontext():
-            _command.flower_supernode()
+            try:
+                _command.flower_supernode()
+            except SystemExit as end:
+                if end.code:
+                    logger.error(not_taken)
+                raise
 
 
-def check_options(arguments: Sequence[str]) -> None:
+def check_options(arguments: Sequence[str]) -> tuple[str, Path | None]:
     """Check the options as Flower's own parser understands them, abbreviations included.
+
+    Returns:
+        The SuperLink's address, and the authority's certificate where there is one.
 
     Raises:
         ConfigError: If one of them would bring in code that nobody approved.
@@ -122,6 +132,8 @@ def check_options(arguments: Sequence[str]) -> None:
             "isolation process: give the flower-superexec that you start a FLWR_HOME of its own, into which nothing "
             "but this SuperNode's runs was ever extracted, and no --allow-runtime-dependency-installation"
         )
+    authority = None if parsed.insecure else parsed.root_certificates
+    return str(parsed.superlink or ""), Path(authority).expanduser() if authority else None
 
 
 def guard(approved: ApprovedCode) -> None:

@@ -97,7 +97,7 @@ def describe_content(records: Mapping[str, Mapping[str, Any]]) -> Content:
     """Describe a reply's records: scalars by name, and arrays, which have ``dtype``, ``shape`` and ``data``.
 
     ``sha256`` is that of ``{record: {name: value}}`` as JSON with sorted keys and without spaces, where an array
-    stands as ``[dtype, shape, SHA-256 of its data]`` and bytes as their SHA-256.
+    stands as ``[dtype, shape, SHA-256 of its data]`` and bytes as their SHA-256, also those in a list.
     """
     names: list[str] = []
     layout: dict[str, list[Any]] = {}
@@ -112,8 +112,11 @@ def describe_content(records: Mapping[str, Mapping[str, Any]]) -> Content:
                 num_bytes += len(value.data)
             else:
                 names.append(f"{record_name}.{name}")
-                plain[name] = hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else value
-                num_bytes += len(value) if isinstance(value, bytes) else len(json.dumps(value))
+                # Secure aggregation's replies have lists of bytes.
+                items = value if isinstance(value, list) else [value]
+                shown = [hashlib.sha256(item).hexdigest() if isinstance(item, bytes) else item for item in items]
+                plain[name] = shown if isinstance(value, list) else shown[0]
+                num_bytes += sum(len(item) if isinstance(item, bytes) else len(json.dumps(item)) for item in items)
     return Content(
         fields=tuple(sorted(names)),
         num_arrays=len(layout),

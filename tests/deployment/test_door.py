@@ -17,7 +17,8 @@ import pytest
 from ot_federated.certificates import make_authority
 from ot_federated.data_owner.doctor import check_door as check_from_outside
 from ot_federated.model_owner.doctor import check_door, disguised_calls
-from tests.real_federation import RealFederation, needs_real_processes
+from tests.parties import needs_real_processes
+from tests.real_federation import RealFederation
 
 pytestmark = needs_real_processes
 

@@ -1,15 +1,15 @@
-"""A real federation as ``deploy/`` describes it: what comes out of it, and who does not get in.
+"""A real federation as ``deploy/`` describes it: what comes out of it, who does not get in, and what faults do to it.
 
-One federation is shared by all checks. Nodes are registered by name; their own word for themselves is another.
+One federation is shared by all checks; those that break something come last, and mend it. Nodes are registered by
+name; their own word for themselves is another. Runs with the same settings give the same adapter, whatever happens to
+them on the way: the faults are judged by that.
 """
 
 from __future__ import annotations
 
 import http.client
-import json
-import os
 import shutil
-import ssl
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,23 +22,13 @@ from transformers import AutoModelForCausalLM
 from ot_federated.certificates import make_authority
 from ot_federated.data_owner.audit_trail import Entry, read_trail
 from strategies.secure_aggregation import choose_range, quantisation_error
-from tests.real_federation import (
-    Node,
-    Outcome,
-    RealFederation,
-    find_free_port,
-    needs_real_processes,
-    wait_until,
-)
+from tests.parties import Node, find_free_port, needs_real_processes, wait_until
+from tests.real_federation import Outcome, RealFederation, call, examine, refusal_of
 
-pytestmark = [
-    pytest.mark.slow,
-    # Its rounds have run by hand but not yet as a whole in this file: it is no evidence before it has passed.
-    pytest.mark.skipif(
-        not os.environ.get("OT_FEDERATED_REAL_FEDERATION"), reason="set OT_FEDERATED_REAL_FEDERATION=1 to run it"
-    ),
-    *needs_real_processes,
-]
+pytestmark = [pytest.mark.slow, *needs_real_processes]
+# Updates travel in fp32, so that secure aggregation can be compared with the plain mean of the same round.
+settings: dict[str, Any] = {"num-server-rounds": 2, "strategy.update-dtype": "float32"}
+faketime = shutil.which("faketime")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +40,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory, llama_directory: Path) 
 
 @pytest.fixture(scope="module")
 def outcome(federation: RealFederation) -> Outcome:
-    return federation.run({"num-server-rounds": 2})
+    return federation.run(settings)
 
 
 def test_two_rounds_of_three_nodes_deliver_a_plugged_in_model(federation: RealFederation, outcome: Outcome) -> None:
@@ -78,26 +68,56 @@ def test_the_summary_tells_the_bytes_that_flower_counted(outcome: Outcome) -> No
     assert sizes["wire_to_server"] == pytest.approx(outcome.bytes_to_server, rel=0.05)
 
 
-def test_a_node_that_is_not_registered_is_refused(federation: RealFederation, outcome: Outcome) -> None:
+def test_a_node_that_is_not_registered_is_refused(federation: RealFederation) -> None:
     stranger = federation.build_node("stranger")
-    assert expect_refusal(federation, stranger) == "HTTP 401"
+    federation.approve(stranger)
+    stranger.start("--max-retries", "1")
+    assert refusal_of(federation, stranger, "[code: 2004] Failed to activate SuperNode")
+    # The data owner is told what that may mean.
+    assert "its key is not registered there" in stranger.text
 
 
-def test_a_node_without_a_key_is_refused(federation: RealFederation, outcome: Outcome) -> None:
+def test_a_node_without_a_key_is_refused(federation: RealFederation) -> None:
     keyless = federation.build_node("keyless")
     options = ["--superlink", f"127.0.0.1:{federation.proxy.port}", "--root-certificates", str(keyless.etc / "ca.crt")]
     options += ["--host", "127.0.0.1", "--port", str(find_free_port()), "--max-retries", "1"]
     keyless.launch(["flower-supernode", *options])
-    assert await_refusal(federation, keyless) == "HTTP 401"
+    assert refusal_of(federation, keyless, "[code: 2001]")
 
 
-def test_a_client_without_the_authority_goes_no_further(federation: RealFederation, outcome: Outcome) -> None:
+def test_a_client_without_the_authority_goes_no_further(federation: RealFederation) -> None:
     """Registered and with its key, but with another authority: it is the client that refuses, before it says a word."""
     doubtful = federation.build_node("doubtful")
     federation.register(doubtful)
     make_authority(doubtful.directory / "other")
     shutil.copyfile(doubtful.directory / "other" / "ca.crt", doubtful.etc / "ca.crt")
-    assert expect_refusal(federation, doubtful) == "certificate"
+    federation.approve(doubtful)
+    doubtful.start("--max-retries", "1")
+    assert refusal_of(federation, doubtful, "CERTIFICATE_VERIFY_FAILED", "certificate verify failed")
+
+
+@pytest.mark.skipif(faketime is None, reason="faketime is missing (Debian: apt-get install faketime)")
+def test_a_node_whose_clock_is_ahead_is_refused_and_told_so(federation: RealFederation) -> None:
+    """Flower lets it end without a word."""
+    early = federation.build_node("early")
+    federation.register(early)
+    federation.approve(early)
+    assert faketime is not None
+    early.start("--max-retries", "1", before=(faketime, "-f", "+30s"))
+    assert refusal_of(federation, early, "SuperNode terminated gracefully")
+    assert "30 s ahead of the model owner's" in early.text
+
+
+@pytest.mark.skipif(faketime is None, reason="faketime is missing (Debian: apt-get install faketime)")
+def test_a_node_whose_clock_is_two_minutes_behind_is_taken(federation: RealFederation) -> None:
+    late = federation.build_node("late")
+    federation.register(late)
+    federation.approve(late)
+    assert faketime is not None
+    late.start("--max-retries", "1", before=(faketime, "-f", "-120s"))
+    wait_until(lambda: late.node_id, seconds=120, what=federation.logs)
+    assert "behind the model owner's" not in late.text
+    late.stop()
 
 
 @pytest.mark.parametrize(
@@ -156,85 +176,77 @@ def test_the_doctor_finds_a_door_that_is_not_there(federation: RealFederation) -
 
 def test_secure_aggregation_gives_the_plain_mean(federation: RealFederation, outcome: Outcome) -> None:
     """Every node has as many rows, so that the plain mean weighs them alike; quantisation is all that may differ."""
-    exact: dict[str, Any] = {"num-server-rounds": 1, "strategy.update-dtype": "float32"}
-    plain = federation.run(exact)
-    secure = federation.run({**exact, "strategy.secure-aggregation": True})
-    assert [run.status for run in (plain, secure)] == ["finished:completed"] * 2
+    secure = federation.run({**settings, "num-server-rounds": 1, "strategy.secure-aggregation": True})
+    assert secure.status == "finished:completed"
     assert secure.rounds[0]["num_replies"] == 3
-    settings = federation.settings()
+    config = federation.settings()
     clipping_range = choose_range(
-        learning_rate=float(settings["train.learning-rate"]), max_steps=int(settings["train.max-steps"])
+        learning_rate=float(config["train.learning-rate"]), max_steps=int(config["train.max-steps"])
     )
-    one, other = (load_file(run.output / "adapter" / "adapter.safetensors") for run in (plain, secure))
+    one, other = outcome.checkpoint(1), secure.checkpoint(1)
+    assert one.keys() == other.keys()
     largest = max(float((one[name] - other[name]).abs().max()) for name in one)
     # One level of quantisation, and the rounding of fp32 sums in another order.
     assert 0 < largest <= quantisation_error(clipping_range) + 1e-6
 
 
-def test_a_node_that_was_killed_comes_back_under_its_name(federation: RealFederation, outcome: Outcome) -> None:
+def test_a_network_that_is_cut_for_a_while_costs_time_alone(federation: RealFederation, outcome: Outcome) -> None:
+    """nginx stands still, with every connection open: to both sides nothing comes through, as on a dead line."""
+    run_id, output = federation.submit(settings)
+    wait_until(lambda: federation.nodes[0].client_apps(), seconds=300, what=federation.logs)
+    with federation.proxy.frozen():
+        time.sleep(12)
+    healed = federation.wait(run_id, output)
+    assert_same_result(healed, outcome)
+
+
+def test_a_node_killed_in_training_comes_back_into_its_round(federation: RealFederation, outcome: Outcome) -> None:
     node = federation.nodes[2]
-    before = node.log.read_text(errors="replace")
+    identity = node.node_id
+    run_id, output = federation.submit(settings)
+    wait_until(lambda: (output / "checkpoints" / "round-0001").is_dir(), seconds=300, what=federation.logs)
+    wait_until(node.client_apps, seconds=100, what=federation.logs)
     node.kill()
-    node.start()
-    wait_until(
-        lambda: "SuperNode ID" in node.log.read_text(errors="replace")[len(before) :],
-        seconds=120,
-        what=federation.logs,
-    )
-    identities = {line.split()[-1] for line in node.log.read_text().splitlines() if "SuperNode ID" in line}
-    assert len(identities) == 1
+    node.come_back(seconds=200)
+    # By its key: under the id, and so the name, that it had.
+    assert node.node_id == identity
+    continued = federation.wait(run_id, output)
+    assert_same_result(continued, outcome)
 
 
-def expect_refusal(federation: RealFederation, node: Node) -> str:
-    federation.approve(node)
-    node.start("--max-retries", "1")
-    return await_refusal(federation, node)
+def test_a_superlink_killed_in_a_round_loses_that_round_at_most(federation: RealFederation, outcome: Outcome) -> None:
+    """Flower ends the run: the ServerApp goes with its SuperLink. The owner's checkpoints are what it goes on from."""
+    lost_id, output = federation.submit(settings)
+    wait_until(lambda: (output / "checkpoints" / "round-0001").is_dir(), seconds=300, what=federation.logs)
+    wait_until(federation.nodes[0].client_apps, seconds=100, what=federation.logs)
+    family = federation.superlink.family()
+    federation.superlink.kill_alone()
+    # What it has started ends by itself, and says how to go on.
+    wait_until(lambda: not any(process.is_running() for process in family), seconds=60, what=federation.logs)
+    assert "resume=true" in (output / "failure.txt").read_text()
+    assert not (output / "summary.json").exists()
+    nodes = [node.process for node in federation.nodes]
+    federation.superlink.start()
+    resumed_id, _ = federation.submit({**settings, "resume": True, "output-dir": str(output)})
+    resumed = federation.wait(resumed_id, output)
+    assert_same_result(resumed, outcome)
+    # The SuperNodes have lived on, and the first round was not trained again.
+    assert [node.process for node in federation.nodes] == nodes
+    assert all(node.is_alive for node in federation.nodes)
+    for node in federation.nodes:
+        assert [entry.server_round for entry in trained(node, lost_id, resumed_id) if entry.server_round == 1] == [1]
+    # Nothing was reported for the run that was lost but that it failed.
+    wait_until(lambda: federation.find_run(lost_id)["status"] == "finished:failed", seconds=120, what=federation.logs)
 
 
-def await_refusal(federation: RealFederation, node: Node) -> str:
-    """Return how a node was refused once it has ended, or says so again and again."""
-    signs = {"401": "HTTP 401", "CERTIFICATE_VERIFY_FAILED": "certificate", "certificate verify failed": "certificate"}
-
-    def found() -> list[str]:
-        text = node.log.read_text(errors="replace")
-        assert "SuperNode ID" not in text, text
-        return [meaning for sign, meaning in signs.items() if sign in text]
-
-    wait_until(found, seconds=120, what=federation.logs)
-    node.stop()
-    return found()[0]
+def assert_same_result(run: Outcome, undisturbed: Outcome) -> None:
+    assert run.status == "finished:completed"
+    assert [line["num_replies"] for line in run.rounds] == [3, 3]
+    assert [line["num_examples"] for line in run.rounds] == [line["num_examples"] for line in undisturbed.rounds]
+    assert run.summary["adapter_sha256"] == undisturbed.summary["adapter_sha256"]
 
 
-def call(
-    federation: RealFederation,
-    port: int,
-    path: str,
-    *,
-    method: str = "POST",
-    body: bytes = b"",
-    protobuf: bool = False,
-) -> tuple[int, str]:
-    context = ssl.create_default_context(cafile=str(federation.keys / "ca.crt"))
-    connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=30, context=context)
-    headers = {"Content-Type": "application/protobuf", "Accept": "application/protobuf"} if protobuf else {}
-    try:
-        connection.request(method, path, body=body, headers=headers)
-        response = connection.getresponse()
-        return response.status, response.read().decode(errors="replace")
-    finally:
-        connection.close()
-
-
-def examine(federation: RealFederation, side: str, *, node: Node | None = None, proxy: int = 0) -> dict[str, Any]:
-    door = f"127.0.0.1:{proxy or federation.proxy.port}"
-    if side == "owner":
-        options = ["--keys", str(federation.keys), "--superlink", f"127.0.0.1:{federation.superlink.port}"]
-        options += ["--proxy", door, "--state", str(federation.superlink.directory), "--connection", "owner"]
-    else:
-        assert node is not None
-        options = ["--etc", str(node.etc), "--superlink", door]
-    done = federation.execute("ot-federated", "doctor", side, *options, "--json", party=node, check=False)
-    assert done.stdout, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    assert done.returncode == (1 if found["errors"] else 0)
-    return found
+def trained(node: Node, *flower_runs: str) -> list[Entry]:
+    """Return the updates that left a node in these runs."""
+    entries = [entry for entry in read_trail(node.trail) if isinstance(entry, Entry)]
+    return [entry for entry in entries if entry.message == "train" and entry.flower_run in flower_runs]

@@ -66,6 +66,15 @@ def test_content_is_named_counted_and_digested() -> None:
     assert found.sha256 == hashlib.sha256(text.encode()).hexdigest()
 
 
+def test_lists_of_bytes_are_digested_item_by_item() -> None:
+    """As secure aggregation's replies have them: masked vectors, and shares for the neighbours."""
+    found = describe_content({"config": ConfigRecord({"masked": [b"\x00", b"\xff\xff"], "to": [7, 12]})})
+    assert found.num_bytes == 3 + len("7") + len("12")
+    masked = [hashlib.sha256(item).hexdigest() for item in (b"\x00", b"\xff\xff")]
+    text = json.dumps({"config": {"masked": masked, "to": [7, 12]}}, sort_keys=True, separators=(",", ":"))
+    assert found.sha256 == hashlib.sha256(text.encode()).hexdigest()
+
+
 def test_every_change_changes_the_digest_and_only_layouts_change_the_layout() -> None:
     def describe(weights: np.ndarray, loss: float = 0.5):
         return describe_content({"arrays": ArrayRecord({"w": Array(weights)}), "metrics": {"loss": loss}})
