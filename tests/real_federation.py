@@ -78,6 +78,7 @@ class RealFederation:
         num_nodes: Data owners: ``hospital-a``, ``hospital-b``, ...
         num_rows: Rows of each one's own data file.
         node_config: Further keys of every node's config.
+        node_options: Options of ``ot-federated supernode`` with which every node starts at first.
         app: The app that runs are submitted with: a directory or a FAB; by default the checkout as it is now.
         environment: Of every process.
     """
@@ -87,6 +88,7 @@ class RealFederation:
     num_nodes: int = 3
     num_rows: int = 16
     node_config: Mapping[str, Scalar] = field(default_factory=dict)
+    node_options: tuple[str, ...] = ()
     app: Path | None = None
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -102,7 +104,7 @@ class RealFederation:
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.3",
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "PASSIVE",
             "HF_HUB_OFFLINE": "1",
@@ -143,7 +145,7 @@ class RealFederation:
             self.register(*self.nodes)
             self.approve(*self.nodes)
             for node in self.nodes:
-                node.start()
+                node.start(*self.node_options)
             for node in self.nodes:
                 wait_until(lambda node=node: node.node_id, seconds=600, what=self.logs)
             yield self
@@ -240,17 +242,10 @@ class RealFederation:
 
 
 def refusal_of(federation: RealFederation, node: Node, *signs: str) -> str:
-    """Wait until a node was refused and return what it says of it, which must be one of ``signs``."""
-
-    def found() -> list[str]:
-        text = node.text
-        assert "SuperNode ID" not in text, text
-        return [sign for sign in signs if sign in text] or ([] if node.is_alive else ["none of these"])
-
-    wait_until(found, seconds=120, what=federation.logs)
-    (sign, *_) = found()
-    node.stop()
-    return sign
+    """Wait until a node that was refused has ended, and return which of ``signs`` it has said; empty: none."""
+    wait_until(lambda: not node.is_alive, seconds=120, what=federation.logs)
+    assert not node.node_id, node.text
+    return next((sign for sign in signs if sign in node.text), "")
 
 
 def call(
