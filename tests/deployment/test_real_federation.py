@@ -26,8 +26,14 @@ from tests.parties import Node, find_free_port, needs_real_processes, wait_until
 from tests.real_federation import Outcome, RealFederation, call, examine, refusal_of
 
 pytestmark = [pytest.mark.slow, *needs_real_processes]
-# Updates travel in fp32, so that secure aggregation can be compared with the plain mean of the same round.
-settings: dict[str, Any] = {"num-server-rounds": 2, "strategy.update-dtype": "float32"}
+# So that a secure run of one round can be compared with the first of two plain ones: updates travel in fp32, and the
+# learning rate does not depend on how many rounds there will be.
+settings: dict[str, Any] = {
+    "num-server-rounds": 2,
+    "strategy.update-dtype": "float32",
+    "train.lr-schedule": "constant",
+    "train.warmup-fraction": 0.0,
+}
 faketime = shutil.which("faketime")
 
 
@@ -179,7 +185,7 @@ def test_secure_aggregation_gives_the_plain_mean(federation: RealFederation, out
     secure = federation.run({**settings, "num-server-rounds": 1, "strategy.secure-aggregation": True})
     assert secure.status == "finished:completed"
     assert secure.rounds[0]["num_replies"] == 3
-    config = federation.settings()
+    config = federation.settings(**settings)
     clipping_range = choose_range(
         learning_rate=float(config["train.learning-rate"]), max_steps=int(config["train.max-steps"])
     )
