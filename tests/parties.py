@@ -85,12 +85,6 @@ class Party:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
 
-    def kill_alone(self) -> None:
-        """End the process without a word; what it has started is left to itself."""
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait(timeout=20)
-
     def kill(self) -> None:
         """End the process and all that it started, without a word."""
         for process in [*self.family(), *([psutil.Process(self.process.pid)] if self.is_alive else [])]:
@@ -221,16 +215,17 @@ class Node(Party):
         """Start it again and again, as systemd and Docker do, until the SuperLink takes it.
 
         Flower takes a node for online until two heartbeats are missing, and starts none that is online: after it was
-        killed, about a minute goes by.
+        killed, a minute goes by at most, and half of one at least.
         """
         deadline = time.monotonic() + seconds
+        pauses = iter((30.0,))
         while True:
             self.start()
             wait_until(lambda: self.node_id or not self.is_alive, seconds=seconds, what=self.federation.logs)
             if self.node_id:
                 return
             assert time.monotonic() < deadline, self.federation.logs()
-            time.sleep(2)
+            time.sleep(next(pauses, 5.0))
 
     def client_apps(self) -> list[psutil.Process]:
         """Return the processes that answer a message at this moment: forks of the warm process, or new ones."""

@@ -77,7 +77,7 @@ def test_the_summary_tells_the_bytes_that_flower_counted(outcome: Outcome) -> No
 def test_a_node_that_is_not_registered_is_refused(federation: RealFederation) -> None:
     stranger = federation.build_node("stranger")
     federation.approve(stranger)
-    stranger.start("--max-retries", "1")
+    stranger.start("--cold", "--max-retries", "1")
     assert refusal_of(federation, stranger, "[code: 2004] Failed to activate SuperNode")
     # The data owner is told what that may mean.
     assert "its key is not registered there" in stranger.text
@@ -98,7 +98,7 @@ def test_a_client_without_the_authority_goes_no_further(federation: RealFederati
     make_authority(doubtful.directory / "other")
     shutil.copyfile(doubtful.directory / "other" / "ca.crt", doubtful.etc / "ca.crt")
     federation.approve(doubtful)
-    doubtful.start("--max-retries", "1")
+    doubtful.start("--cold", "--max-retries", "1")
     assert refusal_of(federation, doubtful, "CERTIFICATE_VERIFY_FAILED", "certificate verify failed")
 
 
@@ -109,7 +109,7 @@ def test_a_node_whose_clock_is_ahead_is_refused_and_told_so(federation: RealFede
     federation.register(early)
     federation.approve(early)
     assert faketime is not None
-    early.start("--max-retries", "1", before=(faketime, "-f", "+30s"))
+    early.start("--cold", "--max-retries", "1", before=(faketime, "-f", "+30s"))
     assert refusal_of(federation, early, "SuperNode terminated gracefully")
     assert "30 s ahead of the model owner's" in early.text
 
@@ -120,7 +120,7 @@ def test_a_node_whose_clock_is_two_minutes_behind_is_taken(federation: RealFeder
     federation.register(late)
     federation.approve(late)
     assert faketime is not None
-    late.start("--max-retries", "1", before=(faketime, "-f", "-120s"))
+    late.start("--cold", "--max-retries", "1", before=(faketime, "-f", "-120s"))
     wait_until(lambda: late.node_id, seconds=120, what=federation.logs)
     assert "behind the model owner's" not in late.text
     late.stop()
@@ -221,27 +221,25 @@ def test_a_node_killed_in_training_comes_back_into_its_round(federation: RealFed
 
 
 def test_a_superlink_killed_in_a_round_loses_that_round_at_most(federation: RealFederation, outcome: Outcome) -> None:
-    """Flower ends the run: the ServerApp goes with its SuperLink. The owner's checkpoints are what it goes on from."""
+    """Flower does not go on with the run, which fails once its ServerApp is missed; the owner's checkpoints do."""
     lost_id, output = federation.submit(settings)
     wait_until(lambda: (output / "checkpoints" / "round-0001").is_dir(), seconds=300, what=federation.logs)
     wait_until(federation.nodes[0].client_apps, seconds=100, what=federation.logs)
-    family = federation.superlink.family()
-    federation.superlink.kill_alone()
-    # What it has started ends by itself, and says how to go on.
-    wait_until(lambda: not any(process.is_running() for process in family), seconds=60, what=federation.logs)
-    assert "resume=true" in (output / "failure.txt").read_text()
+    # As systemd and Docker see to it, what the SuperLink has started goes with it.
+    federation.superlink.kill()
     assert not (output / "summary.json").exists()
-    nodes = [node.process for node in federation.nodes]
+    processes = [node.process for node in federation.nodes]
     federation.superlink.start()
     resumed_id, _ = federation.submit({**settings, "resume": True, "output-dir": str(output)})
     resumed = federation.wait(resumed_id, output)
     assert_same_result(resumed, outcome)
     # The SuperNodes have lived on, and the first round was not trained again.
-    assert [node.process for node in federation.nodes] == nodes
+    assert [node.process for node in federation.nodes] == processes
     assert all(node.is_alive for node in federation.nodes)
     for node in federation.nodes:
-        assert [entry.server_round for entry in trained(node, lost_id, resumed_id) if entry.server_round == 1] == [1]
-    # Nothing was reported for the run that was lost but that it failed.
+        rounds = [entry.server_round for entry in trained(node, lost_id, resumed_id)]
+        assert rounds.count(1) == 1
+        assert rounds.count(2) in (1, 2)
     wait_until(lambda: federation.find_run(lost_id)["status"] == "finished:failed", seconds=120, what=federation.logs)
 
 
