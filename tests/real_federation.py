@@ -125,6 +125,7 @@ class RealFederation:
             for number in range(self.num_nodes)
         ]
         self.num_runs = 0
+        self.approved: Path | None = None
         home = Path(self.superlink.environment["FLWR_HOME"])
         home.mkdir()
         text = (deploy / "owner" / "flower-config.toml").read_text()
@@ -181,11 +182,13 @@ class RealFederation:
 
     def approve(self, *nodes: Node) -> None:
         """Put the app on the nodes' lists; it is looked at once."""
-        first, *others = nodes
-        command = ["ot-federated", "approve", str(self.app), "--yes", "--differing"]
-        self.execute(*command, "--approved", str(first.etc / "approved.json"), party=first)
-        for node in others:
-            shutil.copy2(first.etc / "approved.json", node.etc / "approved.json")
+        for node in nodes:
+            if self.approved is None:
+                self.approved = node.etc / "approved.json"
+                command = ["ot-federated", "approve", str(self.app), "--yes", "--differing"]
+                self.execute(*command, "--approved", str(self.approved), party=node)
+            else:
+                shutil.copy2(self.approved, node.etc / "approved.json")
 
     def settings(self, **changes: Scalar) -> dict[str, Scalar]:
         """Return the run config of the next run."""
