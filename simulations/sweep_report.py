@@ -73,7 +73,7 @@ def table_rows(results: Sequence[Result]) -> list[dict[str, str]]:
                 "kept": "" if share is None else f"{share:.0%}",
                 "audited epsilon at least": "" if bound is None else f"{bound:.2f}",
                 "attack AUC": "" if attack is None else f"{attack['auc']:.3f}",
-                "TPR at 1 % FPR": "" if attack is None else f"{attack['tpr_at_1%']:.1%}",
+                "TPR at 1 % FPR": "" if attack is None or attack["tpr_at_1%"] is None else f"{attack['tpr_at_1%']:.1%}",
                 "seconds": f"{result['seconds']:.0f}",
             }
         )

@@ -104,6 +104,8 @@ def membership_scores(after: ExampleSignals, before: ExampleSignals, *, populati
 def judge_attack(scores: Array, included: Array) -> dict[str, Any]:
     """Return AUC and true positive rates of one attack, each with its 95 % interval.
 
+    A rate of true positives at a rate of false ones of which the non-members are too few to allow even one is None.
+
     Args:
         scores: ``(num_examples,)``, higher for likelier members.
         included: ``(num_examples,)``, whether each is a member.
@@ -119,6 +121,9 @@ def judge_attack(scores: Array, included: Array) -> dict[str, Any]:
     for name, rate in false_positive_rates.items():
         # The threshold lies above all but the allowed share of the non-members.
         allowed = math.floor(rate * len(others))
+        if not allowed:
+            result |= {f"tpr_at_{name}": None, f"tpr_at_{name}_interval": None}
+            continue
         threshold = np.sort(others)[::-1][allowed]
         found = int((members > threshold).sum())
         result[f"tpr_at_{name}"] = found / len(members)

@@ -149,7 +149,8 @@ def describe_report(report: dict[str, Any]) -> str:
     for name, result in report["membership"].items():
         low, high = result["auc_interval"]
         area = f"{result['auc']:.3f} ({low:.3f}-{high:.3f})"
-        lines.append(f"{name:22}{area:>22}{percent(result['tpr_at_1%']):>18}{percent(result['tpr_at_0.1%']):>12}")
+        at_1, at_01 = ("" if (rate := result[key]) is None else percent(rate) for key in ("tpr_at_1%", "tpr_at_0.1%"))
+        lines.append(f"{name:22}{area:>22}{at_1:>18}{at_01:>12}")
     lines += [
         "",
         f"canary exposure       {exposure['mean_bits']:.2f} bits of {exposure['most_bits']:.1f} "

@@ -89,7 +89,8 @@ def audit_data_owner(
 
     Returns:
         ``claimed_epsilon`` (None without privacy) and ``delta``; ``one_run_audit``, ``membership`` by attack,
-        ``curves`` (false and true positive rates), ``exposure`` and ``token_recovery``.
+        ``scores`` (of members and of others, by attack), ``curves`` (false and true positive rates), ``exposure`` and
+        ``token_recovery``.
 
     Raises:
         DataError: If there are too few examples.
@@ -130,6 +131,13 @@ def audit_data_owner(
         "loss": {"members": float(after.loss[included].mean()), "non_members": float(after.loss[~included].mean())},
         "one_run_audit": audit_with_best({name: scores[name] for name in audit_scores}, included, delta=delta),
         "membership": judge_attacks({name: values[attacked] for name, values in scores.items()}, included[attacked]),
+        "scores": {
+            name: {
+                "members": np.round(values[attacked][included[attacked]], 6).tolist(),
+                "others": np.round(values[attacked][~included[attacked]], 6).tolist(),
+            }
+            for name, values in scores.items()
+        },
         "curves": {name: roc_curve(values[attacked], included[attacked]) for name, values in scores.items()},
         "exposure": summarise_exposure(scores["reference"], included),
         "token_recovery": audit_tokens(

@@ -6,13 +6,20 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+import numpy as np
+
+from ot_federated.attacks.membership import judge_attack
 from simulations.sweep_report import interval_of
 
 measures = {"auc": "AUC", "tpr_at_1%": "TPR at 1 % FPR", "tpr_at_0.1%": "TPR at 0.1 % FPR"}
 
 
 def summarise_levels(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return one entry for each level of privacy: means over its runs, with 95 % intervals (Student's t)."""
+    """Return one entry for each level of privacy, with 95 % intervals.
+
+    Means over its runs (Student's t), but for true positive rates: those are of the runs' scores all together, since
+    the non-members of one run are too few to allow one in a hundred of them (intervals: Wilson's).
+    """
     return [
         summarise(level, [cell for cell in cells if cell["level"] == level])
         for level in dict.fromkeys(cell["level"] for cell in cells)
@@ -32,13 +39,16 @@ def summarise(level: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "mean_lower_bound": mean(bounds),
         "num_below_claim": sum(claim is None or bound <= claim for bound, claim in zip(bounds, claims, strict=True)),
         "attacks": {
-            name: {measure: _share([run["membership"][name][measure] for run in runs]) for measure in measures}
+            name: {"auc": _share([run["membership"][name]["auc"] for run in runs])} | _pool_rates(name, runs)
             for name in runs[0]["membership"]
         },
         "exposure_bits": list(interval_of([run["exposure"]["mean_bits"] for run in runs])),
         "exposure_chance_bits": mean(run["exposure"]["chance_bits"] for run in runs),
         "tokens_recovered": _share([token["recovered"] for token in tokens]) if tokens else None,
         "tokens_chance": mean(token["chance"] for token in tokens) if tokens else None,
+        "tokens_chance_interval": [mean(token["chance_interval"][end] for token in tokens) for end in (0, 1)]
+        if tokens
+        else None,
         "token_auc": _share([token["auc"] for token in tokens]) if tokens else None,
         "num_tokens_at_chance": sum(token["at_chance"] for token in tokens),
         "num_token_runs": len(tokens),
@@ -73,6 +83,19 @@ def describe_levels(levels: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
+def _pool_rates(attack: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, list[float] | None]:
+    """Return an attack's true positive rates over the scores of all runs, with intervals; None where too few."""
+    members, others = (
+        np.concatenate([np.asarray(run["scores"][attack][side]) for run in runs]) for side in ("members", "others")
+    )
+    found = judge_attack(np.concatenate([members, others]), np.arange(len(members) + len(others)) < len(members))
+    return {
+        measure: None if found[measure] is None else [found[measure], *found[f"{measure}_interval"]]
+        for measure in measures
+        if measure != "auc"
+    }
+
+
 def _share(values: Sequence[float]) -> list[float]:
     """Return mean and interval of what lies between 0 and 1."""
     centre, low, high = interval_of(values)
@@ -85,7 +108,9 @@ def _below(level: Mapping[str, Any]) -> str:
     return f"{level['num_below_claim']} of {level['num_runs']}"
 
 
-def _interval(values: Sequence[float]) -> str:
+def _interval(values: Sequence[float] | None) -> str:
+    if values is None:
+        return "too few non-members"
     centre, low, high = values
     return f"{centre:.3f} ({low:.3f} to {high:.3f})"
 
@@ -98,4 +123,5 @@ def _bits(level: Mapping[str, Any]) -> str:
 def _tokens(level: Mapping[str, Any]) -> str:
     if level["tokens_recovered"] is None:
         return "nothing trains that reads them"
-    return f"{level['tokens_recovered'][0]:.1%} (chance {level['tokens_chance']:.1%})"
+    centre, low, high = level["tokens_recovered"]
+    return f"{centre:.1%} ({low:.1%} to {high:.1%}; chance {level['tokens_chance']:.1%})"

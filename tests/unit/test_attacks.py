@@ -89,6 +89,9 @@ def test_area_and_rates_are_those_of_brute_force() -> None:
     result = judge_attack(scores, included)
     best = max((members > threshold).mean() for threshold in scores if (others > threshold).mean() <= 0.01)
     assert result["tpr_at_1%"] == pytest.approx(best)
+    # One in a thousand of so few non-members is not even one.
+    assert result["tpr_at_0.1%"] is None
+    assert result["tpr_at_0.1%_interval"] is None
     false_positives, true_positives = roc_curve(scores, included)
     assert np.trapezoid(true_positives, false_positives) == pytest.approx(pairs)
 

@@ -85,7 +85,8 @@ def test_report_files(tmp_path: Path) -> None:
 
 
 def report(level: str, *, bound: float, recovered: float = 0.2) -> dict[str, Any]:
-    rates = {"auc": 0.6, "auc_interval": [0.5, 0.7], "tpr_at_1%": 0.1, "tpr_at_0.1%": 0.05}
+    rates = {"auc": 0.6, "auc_interval": [0.5, 0.7], "tpr_at_1%": None, "tpr_at_0.1%": None}
+    scores = {"members": [2.0] * 30 + [0.5] * 30, "others": [float(number) / 60 for number in range(60)]}
     return {
         "claimed_epsilon": None if level == "none" else float(level),
         "delta": 1e-5,
@@ -94,8 +95,15 @@ def report(level: str, *, bound: float, recovered: float = 0.2) -> dict[str, Any
         "loss": {"members": 1.0, "non_members": 2.0},
         "one_run_audit": {"epsilon_lower_bound": bound},
         "membership": {"loss": rates, "reference": rates},
+        "scores": {"loss": scores, "reference": scores},
         "exposure": {"mean_bits": 2.0, "chance_bits": 1.4},
-        "token_recovery": {"recovered": recovered, "chance": 0.1, "auc": 0.5, "at_chance": True},
+        "token_recovery": {
+            "recovered": recovered,
+            "chance": 0.1,
+            "chance_interval": [0.05, 0.2],
+            "auc": 0.5,
+            "at_chance": True,
+        },
     }
 
 
@@ -122,7 +130,13 @@ def test_rehearsals_are_resumed_and_judged(
     assert (plain["claimed_epsilon"], private["claimed_epsilon"]) == (None, 1.0)
     assert private["largest_lower_bound"] == pytest.approx(0.6)
     assert (private["num_below_claim"], private["num_runs"]) == (2, 2)
-    assert "2 of 2" in capsys.readouterr().out
+    # The non-members of one run are too few to allow one in a hundred of them; those of two runs are enough.
+    assert plain["attacks"]["loss"]["tpr_at_1%"] is None
+    assert private["attacks"]["loss"]["tpr_at_1%"][0] == pytest.approx(0.5)
+    assert private["attacks"]["loss"]["tpr_at_0.1%"] is None
+    shown = capsys.readouterr().out
+    assert "2 of 2" in shown
+    assert "too few non-members" in shown
     # One more seed runs alone; other settings run anew.
     assert data_leak.main(["--levels", "none:1,1:3", "--output-dir", str(tmp_path)]) == 0
     assert calls[3:] == [("1", 2)]
