@@ -27,7 +27,7 @@ def request(*words: str, output: Path | None = None):
 def test_run_sim_is_the_command_line(tmp_path):
     command = [sys.executable, root / "run_sim.py", "--list"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "default  SmolLM2-135M on ARC-Easy, 4 clients" in result.stdout
+    assert "default   SmolLM2-135M on ARC-Easy, 4 clients" in result.stdout
 
 
 def test_defaults_are_those_of_the_scenario(monkeypatch, tmp_path):
@@ -78,7 +78,7 @@ def test_values_are_toml_scalars_or_plain_words(word, expected):
     ("words", "part"),
     [
         (["defalt"], "did you mean 'default'?"),
-        (["nothing-like-it"], "Scenarios: default"),
+        (["nothing-like-it"], "Scenarios: arc-easy, default"),
         (["num-client=3"], "did you mean 'num-clients'?"),
         (["train.learning-rat=3"], "did you mean 'train.learning-rate'?"),
         (["seed=1", "seed=2"], "seed is given twice: 1 and '2'"),
