@@ -61,7 +61,7 @@ def run_tests(tree: Path, node_ids: Sequence[str], *, imported: str = "") -> dic
         MistakeError: If tests could not be run, or ran code of another tree.
     """
     report = tree.parent / "report.json"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.mutations.watch"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-p", "tests.mutations.watch"]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(tree), os.environ.get("PYTHONPATH", "")])),
         "PYTHONDONTWRITEBYTECODE": "1",
