@@ -88,6 +88,13 @@ def test_a_sweep_runs_resumes_and_reports(
     assert "2 of 2 cells done, 0 failed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("path", sorted((Path(sweeps.__file__).parent / "sweeps").glob("*.toml")), ids=lambda p: p.stem)
+def test_shipped_sweeps_are_valid(path: Path) -> None:
+    cells = load_sweep(path).cells
+    assert len({cell.name for cell in cells}) == len(cells) > 1
+    assert {cell.private for cell in cells} == {True, False}
+
+
 def test_a_cell_that_fails_does_not_stop_the_others(
     sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
