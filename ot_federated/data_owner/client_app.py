@@ -6,6 +6,7 @@ expected of memory, and what a message does not need (torch, transformers) is no
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -364,13 +365,14 @@ def progress_line(name: str, server_round: int, config: RunConfig) -> Callable[[
         if time.monotonic() - last >= seconds_between_lines:
             last = time.monotonic()
             logger.info(
-                "round %d/%d  %s  step %d/%d  loss %.3f",
+                "round %d/%d  %s  step %d/%d%s",
                 server_round,
                 config.num_server_rounds,
                 name,
                 step.step,
                 step.num_steps,
-                step.loss,
+                # Private training withholds the loss.
+                "" if math.isnan(step.loss) else f"  loss {step.loss:.3f}",
             )
 
     return report

@@ -6,6 +6,7 @@ Composition root of the model owner's side: the only place where settings, metho
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,7 +26,14 @@ from ot_federated.model_owner.evaluation import score_with_progress
 from ot_federated.model_owner.owner import Owner, build_realignment, prepare
 from ot_federated.model_owner.results import finish, score_end, score_start
 from ot_federated.reporting.prometheus import serve_metrics
-from ot_federated.reporting.run_directory import RunDirectory, failure_file, rejections_file, summary_file
+from ot_federated.reporting.run_directory import (
+    BusyRunError,
+    RunDirectory,
+    failure_file,
+    hold_directory,
+    rejections_file,
+    summary_file,
+)
 from ot_federated.tuning import prepare_tuning, start_state
 from strategies.aggregators import Aggregator, aggregator_state, build_aggregator, restore_aggregator
 from strategies.client_level_privacy import describe_noise, protect_clients
@@ -47,10 +55,11 @@ def main(grid: Grid, context: Context) -> None:
     """Run the federation; a failure is noted in the run directory, then raised."""
     show_lines()
     run = None
-    with log_fields(run=str(context.run_id)):
+    with log_fields(run=str(context.run_id)), ExitStack() as held:
         try:
             config = parse_run_config(context.run_config)
-            run = RunDirectory.open(config.output_dir, flatten(config), resume=config.resume)
+            directory = held.enter_context(hold_directory(config.output_dir))
+            run = RunDirectory.open(str(directory), flatten(config), resume=config.resume)
             with serve_metrics(run=str(context.run_id)) as tell:
                 run.listeners += [tell] if tell else []
                 run_federation(grid, config, run)
@@ -59,6 +68,9 @@ def main(grid: Grid, context: Context) -> None:
             if run and not (run.path / summary_file).exists():
                 run.write_failure(f"The run was stopped. Go on with resume=true output-dir={run.path}")
                 say("stopped; resume=true goes on with %s", run.path)
+            raise
+        except BusyRunError:
+            # Nothing is written where another process is at work.
             raise
         except Exception as error:
             output_dir = str(context.run_config.get("output-dir", ""))

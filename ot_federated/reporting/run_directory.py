@@ -13,19 +13,25 @@
     rounds.png        loss and accuracy by round
     summary.json      the result
     failure.txt       why the run failed, in place of a summary
+    lock              locked by the process that is at work here
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ot_federated.cache import atomic_write_text, remove_partials
+from ot_federated.cache import atomic_write_text, explain_disk_errors, remove_partials
 from ot_federated.errors import CheckpointError, ConfigError
+
+if sys.platform != "win32":
+    import fcntl
 
 config_file, metrics_file, summary_file, failure_file = (
     "run_config.json",
@@ -34,6 +40,7 @@ config_file, metrics_file, summary_file, failure_file = (
     "failure.txt",
 )
 run_id_file = "run_id"
+lock_file = "lock"
 rejections_file = "rejections.json"
 # These may differ between a run and its continuation, and so may evaluation.*: they do not change what is trained.
 free_keys = (
@@ -45,6 +52,47 @@ free_keys = (
     "strategy.max-retries",
     "strategy.max-rejections",
 )
+
+
+class BusyRunError(ConfigError):
+    """Another process is at work in the run's directory."""
+
+
+def choose_directory(output_dir: str) -> Path:
+    """Return a run's directory; where none is named, one of the time, in ``runs``."""
+    return Path(output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}").expanduser().absolute()
+
+
+@contextmanager
+def hold_directory(output_dir: str) -> Iterator[Path]:
+    """Choose a run's directory, make it where it is missing, and keep other processes out of it until the block ends.
+
+    A ServerApp may outlive the SuperLink that it belongs to, while its owner already goes on with the run: two of them
+    would write each other's rounds. The system lifts the lock of a process that dies; forks do not have it.
+
+    Args:
+        output_dir: See :func:`choose_directory`.
+
+    Raises:
+        BusyRunError: If another process holds it.
+    """
+    path = choose_directory(output_dir)
+    with explain_disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        stream = (path / lock_file).open("ab")
+    with stream:
+        if sys.platform != "win32":
+            try:
+                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BusyRunError(
+                    f"Another process is at work on the run in {path}. Wait until it has ended (a ServerApp whose "
+                    "SuperLink is gone ends within a minute), or end it; then start this run again."
+                ) from error
+            except OSError:
+                # A network disk without locks.
+                pass
+        yield path
 
 
 class RunDirectory:
@@ -67,7 +115,7 @@ class RunDirectory:
             ConfigError: If a new run's directory already holds a run.
             CheckpointError: If a continued run had another configuration, or there is none.
         """
-        path = Path(output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}").expanduser().absolute()
+        path = choose_directory(output_dir)
         run, existing = cls(path), path / config_file
         if resume:
             run._check_same_config(existing, flat_config)

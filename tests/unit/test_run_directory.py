@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ot_federated.errors import CheckpointError, ConfigError
-from ot_federated.reporting.run_directory import RunDirectory, config_file, failure_file, metrics_file
+from ot_federated.reporting.run_directory import (
+    BusyRunError,
+    RunDirectory,
+    config_file,
+    failure_file,
+    hold_directory,
+    lock_file,
+    metrics_file,
+)
 
 config: dict[str, Any] = {"seed": 0, "train.learning-rate": 2e-4, "resume": False, "output-dir": "x"}
 
@@ -116,3 +127,23 @@ def test_json_files(tmp_path: Path) -> None:
     run.write_json("summary.json", {"a": ["ü", None]})
     assert run.read_json("summary.json") == {"a": ["ü", None]}
     assert "ü" in (tmp_path / "summary.json").read_text()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX record locks")
+def test_a_second_process_is_kept_out_until_the_first_one_dies(tmp_path: Path) -> None:
+    code = (
+        "import sys, fcntl\nf = open(sys.argv[1], 'ab')\nfcntl.lockf(f, fcntl.LOCK_EX)\nprint(1, flush=True)\ninput()"
+    )
+    (tmp_path / "run").mkdir()
+    command = [sys.executable, "-c", code, str(tmp_path / "run" / lock_file)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with (
+            pytest.raises(BusyRunError, match=r"at work on the run in .*Wait until it has ended"),
+            hold_directory(str(tmp_path / "run")),
+        ):
+            pass
+        other.kill()
+    with hold_directory(str(tmp_path / "run")) as held:
+        assert held == tmp_path / "run"
