@@ -131,9 +131,7 @@ def test_json_files(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX record locks")
 def test_a_second_process_is_kept_out_until_the_first_one_dies(tmp_path: Path) -> None:
-    code = (
-        "import sys, fcntl\nf = open(sys.argv[1], 'ab')\nfcntl.lockf(f, fcntl.LOCK_EX)\nprint(1, flush=True)\ninput()"
-    )
+    code = "import sys, fcntl\nf = open(sys.argv[1], 'a')\nfcntl.lockf(f, fcntl.LOCK_EX)\nprint(1, flush=True)\ninput()"
     (tmp_path / "run").mkdir()
     command = [sys.executable, "-c", code, str(tmp_path / "run" / lock_file)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
