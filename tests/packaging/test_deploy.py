@@ -96,6 +96,23 @@ def test_the_data_owners_examples_are_read() -> None:
     assert policy.require_privacy
 
 
+def test_the_owners_example_is_a_run_config_that_the_data_owners_example_allows() -> None:
+    from ot_federated.config import parse_run_config
+
+    tables = tomllib.loads((deploy / "owner" / "run.toml").read_text())
+    flat = {name: value for name, value in tables.items() if not isinstance(value, dict)}
+    for table, values in tables.items():
+        if isinstance(values, dict):
+            flat |= {f"{table}.{name}": value for name, value in values.items()}
+    config = parse_run_config(flat)
+    policy = load_policy(deploy / "data-owner" / "policy.toml")
+    assert config.privacy.mode == "example"
+    assert config.privacy.target_epsilon <= policy.max_epsilon
+    assert config.privacy.target_delta <= policy.delta
+    assert config.num_server_rounds <= policy.max_rounds
+    assert config.task.name in policy.allowed_tasks
+
+
 def test_the_page_names_files_and_commands_that_exist() -> None:
     from ot_federated.cli import build_parser
 
