@@ -177,3 +177,9 @@ def test_sources_the_bundle_would_drop_do_not_exist() -> None:
     for name in list_sources("ot_federated", "strategies"):
         assert not Path(name).name.startswith("test_"), name
         assert not {"lib", "build", "env", "dist", "venv"} & set(Path(name).parts), name
+
+
+def test_ci_draws_the_same_examples_for_the_same_code() -> None:
+    """``tests/conftest.py`` goes by ``CI``."""
+    lines = (root / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert "CI=true" in next(line for line in lines if line.startswith("export ")).split()
