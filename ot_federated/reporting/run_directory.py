@@ -42,7 +42,7 @@ config_file, metrics_file, summary_file, failure_file = (
 run_id_file = "run_id"
 lock_file = "lock"
 rejections_file = "rejections.json"
-# These may differ between a run and its continuation, and so may evaluation.*: they do not change what is trained.
+# These may differ between a run and its continuation, and so may evaluation.*: they do not change what is trained,
 free_keys = (
     "resume",
     "output-dir",
@@ -52,6 +52,9 @@ free_keys = (
     "strategy.max-retries",
     "strategy.max-rejections",
 )
+# but for these, where every round's update is scaled by what the owner's validation data says.
+alpha_switch = "evaluation.alpha-every-round"
+alpha_keys = (alpha_switch, "evaluation.alphas", "evaluation.max-validation-examples")
 
 
 class BusyRunError(ConfigError):
@@ -144,8 +147,10 @@ class RunDirectory:
             raise CheckpointError(f"{existing} is damaged (it holds no table): this run cannot be continued safely.")
         # Its noise is the server's own: a run whose budget went into rounds that a crash repeated may go on with more.
         free = (*free_keys, *(["privacy.target-epsilon"] if before.get("privacy.mode") == "client" else []))
+        bound = alpha_keys if before.get(alpha_switch) or flat_config.get(alpha_switch) else ()
         for name, value in flat_config.items():
-            if name not in free and not name.startswith("evaluation.") and before.get(name) != value:
+            may_differ = name in free or (name.startswith("evaluation.") and name not in bound)
+            if not may_differ and before.get(name) != value:
                 raise CheckpointError(
                     f"resume=true with {name}={value!r}, but the run in {existing.parent} has {before.get(name)!r}. "
                     f"Set {name}={before.get(name)!r}, or start a new run in another directory."

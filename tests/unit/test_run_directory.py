@@ -79,6 +79,36 @@ def test_resume_may_change_what_does_not_change_the_result(tmp_path: Path) -> No
     assert json.loads((run.path / config_file).read_text())["output-dir"] == "x"
 
 
+scaled = {"evaluation.alpha-every-round": True, "evaluation.alphas": "0.5,1", "evaluation.max-validation-examples": 9}
+
+
+@pytest.mark.parametrize(
+    ("before", "changes", "named"),
+    [
+        ({}, scaled, "evaluation.alpha-every-round"),
+        (scaled, {"evaluation.alpha-every-round": False}, "evaluation.alpha-every-round"),
+        (scaled, {"evaluation.alphas": "1"}, "evaluation.alphas"),
+        (scaled, {"evaluation.max-validation-examples": 8}, "evaluation.max-validation-examples"),
+    ],
+)
+def test_what_scales_every_rounds_update_stays(
+    tmp_path: Path, before: dict[str, Any], changes: dict[str, Any], named: str
+) -> None:
+    off = {"evaluation.alpha-every-round": False, "evaluation.alphas": "", "evaluation.max-validation-examples": 9}
+    first = config | off | before
+    RunDirectory.open(str(tmp_path / "run"), first, resume=False)
+    with pytest.raises(CheckpointError, match=f"resume=true with {named}="):
+        RunDirectory.open(str(tmp_path / "run"), first | changes, resume=True)
+    RunDirectory.open(str(tmp_path / "run"), first | {"evaluation.every-rounds": 2}, resume=True)
+
+
+def test_alphas_at_delivery_may_change(tmp_path: Path) -> None:
+    first = config | scaled | {"evaluation.alpha-every-round": False}
+    RunDirectory.open(str(tmp_path / "run"), first, resume=False)
+    changed = {"evaluation.alphas": "1", "evaluation.max-validation-examples": 8}
+    RunDirectory.open(str(tmp_path / "run"), first | changed, resume=True)
+
+
 def test_resume_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no run. Set output-dir"):
         open_run(tmp_path / "nothing", resume=True)
