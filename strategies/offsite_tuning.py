@@ -41,6 +41,7 @@ from strategies.participants import Participants, count_nodes_needed
 from strategies.plain_round import hold_plain_round
 from strategies.rejections import Rejections
 from strategies.replies import RoundRecord, record_tensors, tensors_record
+from strategies.secure_aggregation import SecureAggregationError
 from strategies.secure_round import hold_secure_round
 from strategies.traffic import MeteredGrid
 from strategies.training_only import TrainingOnly
@@ -178,7 +179,11 @@ class OffsiteTuning(TrainingOnly):
             result.evaluate_metrics_serverapp[self.first_round - 1] = metrics
         for server_round in range(self.first_round, num_rounds + 1):
             with log_fields(round=server_round):
-                self._run_round(server_round, result, metered, train_config, evaluate_fn)
+                try:
+                    self._run_round(server_round, result, metered, train_config, evaluate_fn)
+                except (AggregationError, SecureAggregationError):
+                    self.participants.rejections.keep(server_round)
+                    raise
         return result
 
     def _run_round(

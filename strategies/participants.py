@@ -139,7 +139,7 @@ class Participants:
 
     def reject(self, node_id: int, name: str, reason: str, *, record: RoundRecord) -> None:
         """Note that a client sent what no honest one sends; over the limit it is not asked again."""
-        aside = self.rejections.add(node_id, name=name, reason=reason)
+        aside = self.rejections.add(node_id, name=name, reason=reason, server_round=record.number)
         record.failures[name] = f"rejected: {reason}"
         with log_fields(node=name):
             self.on_progress(f"round {record.number}  {name}  reply rejected: {reason}")

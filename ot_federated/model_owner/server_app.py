@@ -195,7 +195,7 @@ def build_strategy(owner: Owner) -> tuple[OffsiteTuning, ArrayRecord]:
         node_timeout_seconds=settings.node_timeout_seconds,
         secure_range=choose_secure_range(config) if settings.secure_aggregation else None,
         bounds=build_bounds(config),
-        rejections=open_rejections(owner.run, limit=settings.max_rejections),
+        rejections=open_rejections(owner.run, limit=settings.max_rejections, last_round=last_round),
         seed=config.seed,
         run_id=owner.run.run_id,
         first_round=last_round + 1,
@@ -215,15 +215,20 @@ def build_bounds(config: RunConfig) -> Bounds:
     return Bounds(max_norm=settings.max_update_norm, max_norm_ratio=ratio, max_examples=settings.max_examples)
 
 
-def open_rejections(run: RunDirectory, *, limit: int) -> Rejections:
-    """Return the run's rejections, those from before it was stopped included."""
+def open_rejections(run: RunDirectory, *, limit: int, last_round: int) -> Rejections:
+    """Return the run's rejections, those from before it was stopped included, up to the round it goes on after."""
     try:
         saved = run.read_json(rejections_file)
     except ValueError as error:
         raise CheckpointError(
             f"{run.path / rejections_file} is damaged ({error}). Delete it to go on without knowing who was put aside."
         ) from error
-    return Rejections(limit=limit, saved=saved, on_change=lambda content: run.write_json(rejections_file, content))
+    return Rejections(
+        limit=limit,
+        saved=saved,
+        last_round=last_round,
+        on_change=lambda content: run.write_json(rejections_file, content),
+    )
 
 
 def put_behind_privacy(owner: Owner, aggregator: Aggregator, *, num_parameters: int, last_round: int) -> Aggregator:

@@ -185,7 +185,7 @@ def run_hostile_clients(config: Mapping[str, Scalar], directory: Path) -> list[d
         client = f"client-{number + num_honest:04d}"
         offender = offenders.get(client)
         aside = client in last["put_aside"] and client not in last["clients"]
-        rejected = offender["num_rejections"] if offender else 0
+        rejected = len(offender["rejections"]) if offender else 0
         rows.append(
             {
                 "peer": "client",
@@ -194,7 +194,7 @@ def run_hostile_clients(config: Mapping[str, Scalar], directory: Path) -> list[d
                 if rejected
                 else "taken",
                 "refused": bool(offender and aside),
-                "detail": offender["last_reason"] if offender else "",
+                "detail": offender["rejections"][-1]["reason"] if offender else "",
             }
         )
     honest = {f"client-{number:04d}" for number in range(num_honest)}
