@@ -236,6 +236,7 @@ class OffsiteTuning(TrainingOnly):
         """
         self.record = RoundRecord(server_round)
         node_ids = self.participants.wait(grid)
+        self.record.num_connected = len(list(grid.get_node_ids()))
         present = self.participants.greet(grid, node_ids, record=self.record)
         if len(present) < self.participants.min_nodes:
             raise AggregationError(

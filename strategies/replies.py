@@ -22,6 +22,7 @@ class RoundRecord:
 
     Attributes:
         number: The round, from 1.
+        num_connected: Clients that were connected when it began.
         clients: Names of the clients that were asked to train.
         failures: Name -> reason, for each client without a valid reply.
         put_aside: Names of the clients that are not asked any more, for their rejected replies.
@@ -42,6 +43,7 @@ class RoundRecord:
     """
 
     number: int
+    num_connected: int = 0
     clients: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
     put_aside: list[str] = field(default_factory=list)

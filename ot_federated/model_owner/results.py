@@ -223,6 +223,12 @@ def describe_privacy(owner: Owner, rounds: Sequence[Mapping[str, Any]]) -> dict[
     }
 
 
+def count_clients(rounds: Sequence[Mapping[str, Any]]) -> int:
+    """Return the largest number of clients that were connected in a round."""
+    # Lines of an earlier release tell only of those that were asked to train.
+    return max((int(line.get("num_connected", len(line["clients"]))) for line in rounds), default=0)
+
+
 def count_failures(rounds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return in how many rounds each client failed, and why the last time; the worst first."""
     failures: dict[str, dict[str, Any]] = {}
@@ -287,7 +293,8 @@ def summarise(
         "recovery": recovery(rows),
         "federation": {
             "engine": os.environ.get("OT_FEDERATED_ENGINE", "flower"),
-            "num_clients": len({name for line in rounds for name in line["clients"]}),
+            "num_clients": count_clients(rounds),
+            "num_clients_asked": len({name for line in rounds for name in line["clients"]}),
             "num_rounds": len(rounds),
             "num_replies": replies,
             "num_failures": sum(len(line["failures"]) for line in rounds),

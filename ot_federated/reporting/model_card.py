@@ -65,6 +65,8 @@ def render_model_card(
     use = (_use_model if merged else _use_adapter).replace("PROCESSOR_CLASS", processor_class)
     use = use.replace("AUTO_CLASS", auto_class)
     use = use.replace("PROCESSOR", "processor" if processor_class == "AutoImageProcessor" else "tokenizer")
+    asked, connected = federation["num_clients_asked"], federation["num_clients"]
+    owners = f"{asked} data owners" if asked == connected else f"{asked} of {connected} connected data owners"
     return f"""---
 library_name: transformers
 pipeline_tag: {pipeline}
@@ -77,7 +79,7 @@ pipeline_tag: {pipeline}
 # Tuned by federated Offsite-Tuning
 
 This is `{source}` ({summary["model"]["num_parameters"]:,} parameters, {summary["model"]["num_blocks"]} blocks) with
-an adapter that {federation["num_clients"]} data owners tuned on data that never left them. They saw the first
+an adapter that {owners} tuned on data that never left them. They saw the first
 {offsite["bottom"]} and last {offsite["top"]} blocks and an emulator of the middle (blocks
 {", ".join(map(str, offsite["kept_blocks"])) or "none"}; `{offsite["compression"]}`), in all
 {offsite["exact_weight_fraction"]:.0%} of the weights as they are. The other blocks never left the model owner.

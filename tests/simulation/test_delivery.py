@@ -48,12 +48,16 @@ def test_every_aggregator_gives_a_finite_adapter_that_moved(name: str, llama_dir
 
 
 def test_some_clients_a_round(llama_directory: Path, tmp_path: Path) -> None:
-    settings = {"num-server-rounds": 4, "strategy.fraction-train": 0.5, "strategy.min-nodes": 2}
-    federation = run_federation(tmp_path, llama_directory, num_clients=4, settings=settings)
+    settings = {"num-server-rounds": 4, "strategy.fraction-train": 0.25, "strategy.min-nodes": 2}
+    federation = run_federation(tmp_path, llama_directory, num_clients=8, settings=settings)
     chosen = [tuple(federation.rounds[number]["clients"]) for number in (1, 2, 3, 4)]
     assert all(len(set(names)) == 2 for names in chosen)
     assert len(set(chosen)) > 1
     assert federation.grid.num_messages["train"] == 8
+    shown, asked = federation.summary["federation"], len({name for names in chosen for name in names})
+    assert (shown["num_clients"], shown["num_clients_asked"]) == (8, asked)
+    assert 2 < asked < 8
+    assert f"{asked} of 8 connected data owners" in (federation.output / "model" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("placement", "block"), [("bottom", 0), ("top", 7)])
@@ -149,6 +153,7 @@ def test_summary_has_exactly_the_keys_of_the_interface(delivered: Federation) ->
     assert summary["federation"].keys() == {
         "engine",
         "num_clients",
+        "num_clients_asked",
         "num_rounds",
         "num_replies",
         "num_failures",
