@@ -209,6 +209,7 @@ class OffsiteTuning(TrainingOnly):
                 num_needed=self._num_needed(),
                 straggler_seconds=self.straggler_seconds,
                 timeout_seconds=self.round_timeout_seconds,
+                quiet=bool(self.aggregator.delta),
             )
             aggregated, train_metrics = self.aggregate_train(server_round, replies)
         else:
@@ -376,12 +377,13 @@ class OffsiteTuning(TrainingOnly):
 
     def _count(self, reply: ValidReply) -> Message:
         """Count a valid reply, and return it as Flower's aggregators want it: fp32 weights, and their weight."""
-        record, num_examples, num_tokens, loss = self.record, reply.num_examples, reply.num_tokens, reply.loss
+        record, num_examples, num_steps = self.record, reply.num_examples, reply.num_steps
+        num_tokens, loss = reply.num_tokens, reply.loss
         record.bytes_to_server += reply.num_bytes
-        record.num_steps += reply.num_steps
         if self.aggregator.delta:
-            # Of the clients' data nothing is recorded but what leaves with noise.
-            num_examples, num_tokens, loss = 1, 0, None
+            # Of the clients' data nothing is recorded but what leaves with noise; steps tell how much there is.
+            num_examples, num_steps, num_tokens, loss = 1, 0, 0, None
+        record.num_steps += num_steps
         record.num_tokens += num_tokens
         record.num_examples += num_examples
         if loss is not None:

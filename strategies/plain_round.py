@@ -22,6 +22,7 @@ def hold_plain_round(
     num_needed: int,
     straggler_seconds: float,
     timeout_seconds: float,
+    quiet: bool = False,
 ) -> list[Message]:
     """Let every chosen client train, and return the replies in the order of the messages.
 
@@ -33,6 +34,7 @@ def hold_plain_round(
         num_needed: Replies that would do.
         straggler_seconds: Longest wait for the others once these are there; 0 for no such limit.
         timeout_seconds: For the whole round.
+        quiet: Say nothing of what clients tell of their data.
     """
     conversations = participants.open_conversations(messages)
     names = {conversation.node_id: participants.name(conversation.node_id) for conversation in conversations}
@@ -43,7 +45,7 @@ def hold_plain_round(
         num_done += 1
         head = f"round {record.number}  {num_done}/{len(conversations)}  {names[conversation.node_id]}"
         with log_fields(node=names[conversation.node_id]):
-            participants.on_progress(f"{head}  {describe_reply(conversation)}")
+            participants.on_progress(f"{head}  {describe_reply(conversation, quiet=quiet)}")
 
     hold_conversations(
         grid,

@@ -28,7 +28,7 @@ class RoundRecord:
         put_aside: Names of the clients that are not asked any more, for their rejected replies.
         num_replies: Valid replies.
         num_examples: Examples behind them.
-        num_steps: Optimizer steps behind them, over all clients.
+        num_steps: Optimizer steps behind them, over all clients; 0 where clients keep them.
         num_tokens: Tokens that the clients processed.
         train_loss: Their mean training loss, weighted by examples, in nats per token; None where clients keep it.
         epsilon: Largest epsilon that a client told of, or that of the run so far under client-level privacy; else None.
@@ -63,10 +63,17 @@ class RoundRecord:
     seconds: float = 0.0
 
 
-def describe_reply(conversation: Conversation) -> str:
-    """Return what a client's finished conversation looks like in a progress line."""
+def describe_reply(conversation: Conversation, *, quiet: bool = False) -> str:
+    """Return what a client's finished conversation looks like in a progress line.
+
+    Args:
+        conversation: The conversation.
+        quiet: Leave out what the client tells of its data.
+    """
     if conversation.failure or conversation.reply is None:
         return f"failed: {conversation.failure}"
+    if quiet:
+        return "replied"
     metrics = conversation.reply.content.metric_records.get(metrics_key)
     forms = {"num-examples": "{:d} examples", "num-steps": "{:d} steps", "loss": "loss {:.3f}", "seconds": "{:.0f} s"}
     private = metrics is not None and "loss" not in metrics

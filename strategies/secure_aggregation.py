@@ -54,14 +54,12 @@ class SecureMean:
         arrays: Mean of the clients' arrays, fp32, in their order.
         nodes: The clients behind it.
         failures: Node -> reason, for the others.
-        num_steps: Steps that the clients took in all.
         num_bytes: Bytes of masked arrays received.
     """
 
     arrays: Arrays
     nodes: list[int] = field(default_factory=list)
     failures: dict[int, str] = field(default_factory=dict)
-    num_steps: int = 0
     num_bytes: int = 0
 
 
@@ -168,9 +166,8 @@ def aggregate_securely(
         )
     return SecureMean(
         mean,
-        nodes=sorted(screened.num_steps),
+        nodes=sorted(screened.masked),
         failures=screened.failures,
-        num_steps=sum(screened.num_steps.values()),
         num_bytes=screened.num_bytes,
     )
 
@@ -206,7 +203,7 @@ class _ScreenedGrid:
         self.nodes = set(nodes)
         self.shapes = list(shapes)
         self.failures: dict[int, str] = {}
-        self.num_steps: dict[int, int] = {}
+        self.masked: set[int] = set()
         self.num_bytes = 0
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
@@ -243,8 +240,7 @@ class _ScreenedGrid:
             raise ProtocolError("it speaks of nodes that do not take part")
         if stage == Stage.COLLECT_MASKED_VECTORS:
             self._check_masked(record[Key.MASKED_PARAMETERS])
-            steps = told.get("num-steps") if told else 0
-            self.num_steps[node] = steps if isinstance(steps, int) and 0 <= steps < 2**31 else 0
+            self.masked.add(node)
 
     def _check_masked(self, masked: object) -> None:
         masked = cast(list[Any], masked)

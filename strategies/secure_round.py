@@ -64,7 +64,7 @@ def hold_secure_round(
         record.failures[names[node_id]] = reason
         on_progress(f"round {record.number}  {names[node_id]}  dropped out: {reason}")
         participants.forget(node_id)
-    record.num_replies, record.num_steps = len(mean.nodes), mean.num_steps
+    record.num_replies = len(mean.nodes)
     record.bytes_to_server = mean.num_bytes
     _tell_range(mean, clipping_range=clipping_range, server_round=record.number, on_progress=on_progress)
     change = dict(zip(sorted(sent), map(torch.from_numpy, mean.arrays), strict=True))

@@ -31,7 +31,6 @@ from ot_federated.messages import (
     decode_update,
     encode_update,
     int_field,
-    metrics_key,
     text_field,
 )
 
@@ -241,8 +240,8 @@ def read_assignment(message: Message, context: Context, directory: Path) -> Assi
     )
 
 
-def tune_masked(message: Message, context: Context, notes: Notes) -> tuple[list[np.ndarray[Any, Any]], int]:
-    """Train on the local data; return the update in fp32, as masks need it, and the steps that were taken.
+def tune_masked(message: Message, context: Context, notes: Notes) -> list[np.ndarray[Any, Any]]:
+    """Train on the local data and return the update in fp32, as masks need it.
 
     Raises:
         ProtocolError: If the bundle is not there.
@@ -259,8 +258,7 @@ def tune_masked(message: Message, context: Context, notes: Notes) -> tuple[list[
     dtype = text_field(config_of(message), "update-dtype")
     tensors = decode_update(update, shapes, dtype=dtype)
     # By name: masks leave only an order, and a reply that was kept has lost the one it was made in.
-    arrays = [tensors[name].numpy() for name in sorted(tensors)]
-    return arrays, int(str(content.metric_records[metrics_key].get("num-steps", 0)))
+    return [tensors[name].numpy() for name in sorted(tensors)]
 
 
 def tune(message: Message, context: Context, directory: Path, notes: Notes, *, masked: bool = False) -> RecordDict:

@@ -26,27 +26,24 @@ flower_client: Any = importlib.import_module("flwr.client.mod.secure_aggregation
 strengthen(flower_client)
 
 
-def answer_securely(
-    message: Message, context: Context, train: Callable[[], tuple[list[np.ndarray], int]]
-) -> RecordDict:
+def answer_securely(message: Message, context: Context, train: Callable[[], list[np.ndarray]]) -> RecordDict:
     """Answer one step of the protocol.
 
     Args:
         message: The step.
         context: Flower's context, which keeps this client's keys between the steps.
-        train: Makes the update: fp32 arrays in a fixed order, and the steps that were taken. Called in one step only.
+        train: Makes the update: fp32 arrays in a fixed order. Called in one step only.
 
     Raises:
         ProtocolError: If the server asks for what would undo the masks, or the step is malformed.
     """
     asked = message.content.config_records[RECORD_KEY_CONFIGS]
     check_step(asked)
-    num_steps = 0
 
     def call_next(inner: Message, _context: Context) -> Message:
-        nonlocal num_steps
-        arrays, num_steps = train()
-        # Every client counts the same: the number of its examples would travel in the clear.
+        arrays = train()
+        # Every client counts the same: the number of its examples would travel in the clear, and so would that of its
+        # steps, which tells it.
         result = FitRes(Status(Code.OK, ""), ndarrays_to_parameters(arrays), num_examples=1, metrics={})
         return Message(fitres_to_recorddict(result, keep_input=False), reply_to=inner)
 
@@ -54,9 +51,7 @@ def answer_securely(
         content: RecordDict = flower_client.secaggplus_mod(message, context, call_next).content
     except (KeyError, TypeError, ValueError) as error:
         raise ProtocolError(f"the step of secure aggregation is malformed ({type(error).__name__})") from error
-    content.config_records[config_key] = ConfigRecord(
-        {"wire-version": wire_version, "status": "ok", "num-steps": num_steps}
-    )
+    content.config_records[config_key] = ConfigRecord({"wire-version": wire_version, "status": "ok"})
     return content
 
 

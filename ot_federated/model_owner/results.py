@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -27,7 +28,7 @@ from ot_federated.reporting.model_card import render_model_card
 from ot_federated.reporting.plots import plot_rounds
 from ot_federated.sources import draw_rows, load_table
 from ot_federated.tasks.base import Score
-from ot_federated.training import StepReport, build_optimizer_settings
+from ot_federated.training import StepReport, build_optimizer_settings, plan_round
 from ot_federated.tuning import is_mergeable
 
 if TYPE_CHECKING:
@@ -77,9 +78,28 @@ def add_harness_row(owner: Owner, row: str, model: PreTrainedModel) -> None:
 
 def score_full_fine_tuning(owner: Owner, *, num_steps: int) -> Score:
     """Fine-tune a fresh copy of the full model on all training data, and score it."""
-    say("fine-tuning the full model for %d steps, as many as the clients took together", num_steps)
+    say("fine-tuning the full model for %d steps", num_steps)
     model = fine_tuned_full_model(owner, num_steps=num_steps)
     return score_with_progress(owner.task, model, owner.test, title="full fine-tuned")
+
+
+def count_steps(owner: Owner, rounds: Sequence[Mapping[str, Any]]) -> int:
+    """Return how many steps the clients took together.
+
+    Where they keep that, as they do under masks, it is what they take with equal shares of the training data.
+    """
+    if told := sum(int(line["num_steps"]) for line in rounds):
+        return told
+    config, train = owner.config, owner.config.train
+    num_rows = load_table(config.data.train, split="train", columns=list(config.columns.values())).num_rows
+    num_rows = min(num_rows, config.data.max_train_examples or num_rows)
+    of_one = plan_round(
+        num_examples=math.ceil(num_rows / max(1, count_clients(rounds))),
+        batch_size=train.batch_size,
+        local_epochs=train.local_epochs,
+        max_steps=train.max_steps,
+    )
+    return of_one * sum(int(line["num_replies"]) for line in rounds)
 
 
 def fine_tuned_full_model(owner: Owner, *, num_steps: int) -> PreTrainedModel:
@@ -150,9 +170,7 @@ def finish(owner: Owner, chosen: Chosen, *, setup_seconds: float, total_seconds:
     if config.evaluation.full_fine_tuning:
         # Last, because it needs the most memory: whatever becomes of it, the result is delivered.
         owner.model.cpu()
-        owner.rows["full_fine_tuned"] = score_full_fine_tuning(
-            owner, num_steps=sum(int(line["num_steps"]) for line in rounds)
-        )
+        owner.rows["full_fine_tuned"] = score_full_fine_tuning(owner, num_steps=count_steps(owner, rounds))
         summary = sum_up()
     for line in format_rows(owner.rows):
         say(line)

@@ -15,7 +15,9 @@ from flwr.app import Message
 from ot_federated.config import parse_run_config
 from ot_federated.errors import ConfigError
 from ot_federated.messages import arrays_key, metrics_key
+from ot_federated.model_owner.owner import Owner
 from ot_federated.secure_random import SecureRandom
+from ot_federated.tasks.base import Score
 from strategies import client_level_privacy
 from strategies.offsite_tuning import AggregationError
 from tests.client_private_runs import CountedRandom, PowerCutError, arguments, books_of, delta, gaussian, private, run
@@ -68,11 +70,34 @@ def test_the_guarantee_is_told_with_all_that_gives_it_a_meaning(
     assert [release.server_round for release in books_of(tmp_path).releases] == [1, 2, 3]
 
 
-def test_nothing_is_recorded_that_was_not_noised(llama_directory: Path, tmp_path: Path) -> None:
+def test_nothing_is_recorded_that_was_not_noised(
+    llama_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     federation = run(tmp_path, llama_directory)
     for number, line in federation.rounds.items():
         if number > 0:
-            assert (line["train_loss"], line["num_tokens"], line["num_examples"]) == (None, 0, 4)
+            assert (line["train_loss"], line["num_tokens"], line["num_steps"], line["num_examples"]) == (None, 0, 0, 4)
+    progress = [line for line in capsys.readouterr().err.splitlines() if "/4  client-" in line]
+    assert len(progress) == 4 * 3
+    assert all(line.endswith("  replied") for line in progress)
+
+
+def test_the_full_model_takes_the_steps_of_equal_shares_where_nobody_tells_them(
+    llama_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+
+    def note(owner: Owner, *, num_steps: int) -> Score:
+        taken.append(num_steps)
+        return owner.rows["plug_in"]
+
+    monkeypatch.setattr("ot_federated.model_owner.results.score_full_fine_tuning", note)
+    settings = {"num-server-rounds": 1, "train.max-steps": 0, "train.local-epochs": 3}
+    settings |= {"train.batch-size": 2, "evaluation.full-fine-tuning": True}
+    run(tmp_path / "client", llama_directory, settings=settings)
+    plain = run(tmp_path / "none", llama_directory, settings=settings | {"privacy.mode": "none"})
+    # 16 examples at 4 clients in batches of 2, three times.
+    assert taken == [plain.rounds[1]["num_steps"]] * 2 == [24] * 2
 
 
 def test_two_runs_of_one_seed_differ_by_their_noise(llama_directory: Path, tmp_path: Path) -> None:
