@@ -8,7 +8,7 @@ masks are drawn at full strength (:mod:`ot_federated.secure_masks`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,7 +23,7 @@ from flwr.server.workflow.constant import Key as WorkflowKey
 from flwr.server.workflow.secure_aggregation import secaggplus_workflow as flower_workflow
 from flwr.serverapp import Grid
 
-from ot_federated.errors import OtFederatedError, ProtocolError
+from ot_federated.errors import OtFederatedError, ProtocolError, RefusalError
 from ot_federated.messages import config_key
 from ot_federated.secure_masks import strengthen
 from strategies.conversation import raise_flower_error
@@ -53,13 +53,15 @@ class SecureMean:
     Attributes:
         arrays: Mean of the clients' arrays, fp32, in their order.
         nodes: The clients behind it.
-        failures: Node -> reason, for the others.
+        failures: Node -> reason, for those that left a step unanswered: some of them may be in the mean all the same.
+        rejected: Those that answered a step as no honest client does; their reasons are in ``failures``.
         num_bytes: Bytes of masked arrays received.
     """
 
     arrays: Arrays
     nodes: list[int] = field(default_factory=list)
     failures: dict[int, str] = field(default_factory=dict)
+    rejected: set[int] = field(default_factory=set)
     num_bytes: int = 0
 
 
@@ -100,6 +102,7 @@ def aggregate_securely(
     shapes: Sequence[tuple[int, ...]],
     clipping_range: float,
     timeout_seconds: float,
+    on_rejected: Callable[[int, str], None] = lambda _node_id, _reason: None,
 ) -> SecureMean:
     """Let clients train and return the mean of their updates.
 
@@ -110,6 +113,7 @@ def aggregate_securely(
         shapes: Shapes of an update's arrays, in order.
         clipping_range: Numbers beyond it are cut off.
         timeout_seconds: Longest wait in each of the protocol's four steps.
+        on_rejected: Told the node, and the reason, whenever an answer is none that an honest client gives.
 
     Raises:
         SecureAggregationError: If too few clients took part or stayed.
@@ -125,7 +129,7 @@ def aggregate_securely(
     )
     workflow.contents = contents
     results: list[Arrays] = []
-    screened = _ScreenedGrid(grid, nodes=contents, shapes=shapes)
+    screened = _ScreenedGrid(grid, nodes=contents, shapes=shapes, on_rejected=on_rejected)
 
     def choose(*_: object) -> list[tuple[Any, FitIns]]:
         return [(SimpleNamespace(node_id=node), FitIns(Parameters([], ""), {})) for node in contents]
@@ -168,6 +172,7 @@ def aggregate_securely(
         mean,
         nodes=sorted(screened.masked),
         failures=screened.failures,
+        rejected=screened.rejected,
         num_bytes=screened.num_bytes,
     )
 
@@ -198,11 +203,20 @@ class _Workflow(flower_workflow.SecAggPlusWorkflow):
 class _ScreenedGrid:
     """A grid that keeps from the workflow whatever is no answer to its question."""
 
-    def __init__(self, grid: Grid, *, nodes: Iterable[int], shapes: Sequence[tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        nodes: Iterable[int],
+        shapes: Sequence[tuple[int, ...]],
+        on_rejected: Callable[[int, str], None],
+    ) -> None:
         self.grid = grid
         self.nodes = set(nodes)
         self.shapes = list(shapes)
+        self.on_rejected = on_rejected
         self.failures: dict[int, str] = {}
+        self.rejected: set[int] = set()
         self.masked: set[int] = set()
         self.num_bytes = 0
 
@@ -210,9 +224,12 @@ class _ScreenedGrid:
         """Send the messages of one step and return the good replies."""
         sent = {message.metadata.dst_node_id: message for message in messages}
         replies = {}
-        for reply in self.grid.send_and_receive(list(sent.values()), timeout=timeout):
-            node = reply.metadata.src_node_id
-            if node in sent and node not in replies:
+        received = list(self.grid.send_and_receive(list(sent.values()), timeout=timeout))
+        asked = {message.metadata.message_id: node for node, message in sent.items()}
+        for reply in received:
+            # Whoever it says it is: it came in answer to this node's message.
+            node = asked.get(reply.metadata.reply_to_message_id)
+            if node is not None and node not in replies:
                 try:
                     self._check(
                         node, reply, stage=str(sent[node].content.config_records[RECORD_KEY_CONFIGS][Key.STAGE])
@@ -220,15 +237,20 @@ class _ScreenedGrid:
                     replies[node] = reply
                 except ProtocolError as error:
                     self.failures[node] = str(error)
+                    if not isinstance(error, RefusalError) and node not in self.rejected:
+                        self.rejected.add(node)
+                        self.on_rejected(node, str(error))
         for node in sent.keys() - replies.keys():
             self.failures.setdefault(node, "no reply in time")
         return list(replies.values())
 
     def _check(self, node: int, reply: Message, *, stage: str) -> None:
         raise_flower_error(reply)
+        if reply.metadata.src_node_id != node:
+            raise ProtocolError(f"it claims to come from node {reply.metadata.src_node_id}")
         told = reply.content.config_records.get(config_key)
         if told is not None and told.get("status") != "ok":
-            raise ProtocolError(str(told.get("reason", "refused"))[:2000])
+            raise RefusalError(str(told.get("reason", "refused"))[:2000])
         record = reply.content.config_records.get(RECORD_KEY_CONFIGS)
         expected = step_fields[stage]
         if record is None or not all(isinstance(record.get(key), kind) for key, kind in expected.items()):

@@ -52,6 +52,10 @@ def hold_secure_round(
     }
     on_progress = participants.on_progress
     on_progress(f"round {record.number}  {len(contents)} clients train; their updates leave masked")
+
+    def reject(node_id: int, reason: str) -> None:
+        participants.reject(node_id, names[node_id], reason, record=record)
+
     mean = aggregate_securely(
         grid,
         contents,
@@ -59,11 +63,19 @@ def hold_secure_round(
         shapes=[tuple(sent[name].shape) for name in sorted(sent)],
         clipping_range=clipping_range,
         timeout_seconds=timeout_seconds,
+        on_rejected=reject,
     )
     for node_id, reason in mean.failures.items():
-        record.failures[names[node_id]] = reason
-        on_progress(f"round {record.number}  {names[node_id]}  dropped out: {reason}")
+        name = names[node_id]
         participants.forget(node_id)
+        if node_id in mean.nodes:
+            # The others' shares took its masks off: no update is missing.
+            record.failures.pop(name, None)
+            on_progress(f"round {record.number}  {name}  is in the mean, and left before the masks came off: {reason}")
+        elif node_id not in mean.rejected:
+            record.failures[name] = reason
+            on_progress(f"round {record.number}  {name}  dropped out: {reason}")
+    record.put_aside = participants.rejections.names_aside()
     record.num_replies = len(mean.nodes)
     record.bytes_to_server = mean.num_bytes
     _tell_range(mean, clipping_range=clipping_range, server_round=record.number, on_progress=on_progress)

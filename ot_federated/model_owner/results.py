@@ -215,7 +215,11 @@ def deliver(owner: Owner, state: dict[str, torch.Tensor]) -> str:
 
 
 def describe_privacy(owner: Owner, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return what the run asked of its clients, whose ledgers tell what was really spent, or what it spent itself."""
+    """Return what the run asked of its clients, whose ledgers tell what was really spent, or what it spent itself.
+
+    ``epsilon_is`` says of the epsilon of clients that it is the largest one ``reported``, over all their rounds and
+    runs; or, where none reports any, the ``target`` for this run; or ``unknown``, where the noise was set instead.
+    """
     privacy = owner.config.privacy
     if privacy.mode == "none":
         return None
@@ -230,8 +234,15 @@ def describe_privacy(owner: Owner, rounds: Sequence[Mapping[str, Any]]) -> dict[
         }
     reported = [(line["epsilon"], line["delta"]) for line in rounds if line.get("epsilon") is not None]
     epsilon, delta = max(reported, default=(None, None))
+    if epsilon is not None:
+        told = {"epsilon": epsilon, "delta": delta, "epsilon_is": "reported"}
+    elif privacy.noise_multiplier:
+        told = {"epsilon": None, "delta": None, "epsilon_is": "unknown"}
+    else:  # Clients choose their noise for it, and under masks, or where their policies say so, keep what they spent.
+        told = {"epsilon": privacy.target_epsilon, "delta": privacy.target_delta, "epsilon_is": "target"}
     return {
         **asdict(privacy),
+        **told,
         "unit": "example",
         "adjacency": "add-remove-one",
         "sampling": "poisson",

@@ -84,6 +84,7 @@ def test_an_epsilon_that_is_told_is_told_with_its_delta(tmp_path: Path, llama_di
     shown = federation.summary["privacy"]
     assert shown["largest_epsilon_reported"] == largest["epsilon"]
     assert shown["largest_epsilon_reported_at_delta"] == largest["delta"]
+    assert (shown["epsilon"], shown["delta"], shown["epsilon_is"]) == (largest["epsilon"], 1e-4, "reported")
     assert (shown["unit"], shown["adjacency"], shown["sampling"]) == ("example", "add-remove-one", "poisson")
 
 

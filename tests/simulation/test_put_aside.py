@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_a_round_done_again_after_a_crash_counts_a_reply_once(
         return [reply]
 
     limit = settings | {"num-server-rounds": 2, "strategy.max-rejections": 3}
-    arguments = {"num_clients": 3, "on_reply": spoil}
+    arguments: dict[str, Any] = {"num_clients": 3, "on_reply": spoil}
     unbroken = run_federation(tmp_path / "unbroken", llama_directory, settings=limit, **arguments)
 
     def stop(_directory: Path, **_content: object) -> None:

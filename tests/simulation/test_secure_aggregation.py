@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ot_federated.data_owner.secure_aggregation import check_step, flower_client
 from ot_federated.errors import ConfigError, OtFederatedError, ProtocolError
 from ot_federated.messages import arrays_key, metrics_key
 from ot_federated.secure_masks import draw_masks, strengthen
+from simulations.in_process import node_id_of
 from strategies.secure_aggregation import (
     SecureAggregationError,
     choose_range,
@@ -98,7 +100,9 @@ def test_a_masked_update_looks_random(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [Stage.SETUP, Stage.SHARE_KEYS, Stage.COLLECT_MASKED_VECTORS, Stage.UNMASK])
-def test_a_client_that_drops_out_of_four_is_recovered(stage: str, model: Path, tmp_path: Path) -> None:
+def test_a_client_that_drops_out_of_four_is_recovered(
+    stage: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def drop(reply: Message) -> list[Message]:
         return [] if stage_of(reply) == stage and partition_of(reply) == 1 else [reply]
 
@@ -107,7 +111,12 @@ def test_a_client_that_drops_out_of_four_is_recovered(stage: str, model: Path, t
     line = result.rounds[1]
     # Who sent a masked update is in the mean, even if it is gone when the masks come off.
     assert line["num_replies"] == (4 if stage == Stage.UNMASK else 3)
-    assert list(line["failures"]) == ["client-0001"]
+    assert list(line["failures"]) == ([] if stage == Stage.UNMASK else ["client-0001"])
+    assert result.summary["federation"]["num_failures"] == len(line["failures"])
+    told = [
+        text for text in capsys.readouterr().err.splitlines() if "client-0001" in text and "no reply in time" in text
+    ]
+    assert "is in the mean" in told[0] if stage == Stage.UNMASK else "dropped out" in told[0]
 
     def without(reply: Message) -> list[Message]:
         gone = partition_of(reply) == 1 and stage != Stage.UNMASK
@@ -166,6 +175,42 @@ def test_a_malformed_masked_update_is_a_drop_out(change: Any, reason: str, model
     failures = federation.rounds[1]["failures"]
     assert list(failures) == ["client-0001"]
     assert reason in failures["client-0001"]
+    assert rejected_rounds(federation.output) == {"client-0001": [1]}
+
+
+def rejected_rounds(output: Path) -> dict[str, list[int]]:
+    saved = json.loads((output / "rejections.json").read_text())["offenders"]
+    return {offender["name"]: [rejection["round"] for rejection in offender["rejections"]] for offender in saved}
+
+
+def test_who_spoils_masked_rounds_is_put_aside(model: Path, tmp_path: Path) -> None:
+    """Also where it spoils the last step, when its update is in the mean already; silence is no offence."""
+
+    def spoil(reply: Message) -> list[Message]:
+        if stage_of(reply) == Stage.UNMASK and partition_of(reply) == 1:
+            reply.content.config_records[RECORD_KEY_CONFIGS][Key.SHARE_LIST] = [b"x"] * 9
+        return [] if stage_of(reply) == Stage.UNMASK and partition_of(reply) == 2 else [reply]
+
+    settings = {**secure, "strategy.min-nodes": 4, "strategy.max-rejections": 1, "num-server-rounds": 2}
+    federation = run_federation(tmp_path, model, num_clients=5, num_rows=20, settings=settings, on_reply=spoil)
+    assert rejected_rounds(federation.output) == {"client-0001": [1]}
+    first, second = federation.rounds[1], federation.rounds[2]
+    assert (first["num_replies"], first["failures"], first["put_aside"]) == (5, {}, ["client-0001"])
+    assert (second["num_replies"], second["failures"]) == (4, {})
+    assert "client-0001" not in second["clients"]
+
+
+def test_a_false_sender_of_a_masked_answer_is_who_was_asked(model: Path, tmp_path: Path) -> None:
+    def lie(reply: Message) -> list[Message]:
+        if stage_of(reply) == Stage.SETUP and partition_of(reply) == 1:
+            reply.metadata.__dict__["_src_node_id"] = node_id_of(0)
+        return [reply]
+
+    settings = {**secure, "strategy.min-nodes": 4}
+    federation = run_federation(tmp_path, model, num_clients=4, num_rows=16, settings=settings, on_reply=lie)
+    assert rejected_rounds(federation.output) == {"client-0001": [1]}
+    assert "claims to come from" in federation.rounds[1]["failures"]["client-0001"]
+    assert federation.rounds[1]["num_replies"] == 3
 
 
 def test_a_garbled_masked_update_is_noticed(model: Path, tmp_path: Path) -> None:
@@ -262,6 +307,14 @@ def test_masked_private_rounds_are_paid_once(model: Path, tmp_path: Path, monkey
     start(again)
     assert entries() == paid
     assert again.rounds[1]["num_replies"] == 3
+    # What was spent stays with the clients.
+    told, config = again.summary["privacy"], parse_run_config(private).privacy
+    assert (told["epsilon"], told["delta"], told["epsilon_is"]) == (
+        config.target_epsilon,
+        config.target_delta,
+        "target",
+    )
+    assert told["largest_epsilon_reported"] is None
 
 
 def test_the_mean_of_masked_private_updates_is_theirs(
