@@ -30,6 +30,8 @@ from simulations.command_line_help import describe_scenarios, describe_usage
 from simulations.scenario_files import list_all_keys, load_scenario, simulation_keys
 
 simulation_file = "simulation.json"
+# What it holds besides settings: how the run began.
+_origin = ("scenario", "command")
 # These settings may name a file, a glob or a directory; the app runs elsewhere, so such a name is made absolute.
 _source_keys = ("model.source", "data.train", "data.validation", "data.test", "offsite.public-text")
 
@@ -47,7 +49,7 @@ class Request:
         client_num_cpus: CPUs of one client.
         client_num_gpus: Share of a GPU of one client.
         output_dir: Absolute directory of the run.
-        command: The command line, for the run's summary.
+        command: The command line, for the run's summary; where a run is continued, the one that began it.
     """
 
     scenario: str
@@ -137,11 +139,13 @@ def _run(words: Sequence[str]) -> int:
 def _write_simulation(request: Request) -> None:
     """Note what the run config does not hold, so that ``resume=true`` finds it."""
     path = request.output_dir / simulation_file
-    if not path.exists():
+    if not path.exists() or not request.run_config["resume"]:
         settings = {
             "num-clients": request.num_clients,
             "client-num-cpus": request.client_num_cpus,
             "client-num-gpus": request.client_num_gpus,
+            "scenario": request.scenario,
+            "command": request.command,
         }
         atomic_write_text(path, json.dumps(settings, indent=2) + "\n")
 
@@ -192,9 +196,17 @@ def build_request(words: Sequence[str], *, engine: str, output: Path | None, com
         raise ConfigError(
             f"{output_dir} already holds a run. Continue it with resume=true, or choose another --output."
         )
+    name, description = scenario.name, scenario.description
+    if run_config["resume"]:
+        first = _read_simulation(output_dir)
+        if not names and first.get("scenario"):
+            name, description = str(first["scenario"]), "continued"
+        if begun := str(first.get("command", "")):
+            # What it was given anew is part of how the result came about.
+            command = f"{begun} && {command}" if names or given.keys() - {"resume", "output-dir"} else begun
     return Request(
-        scenario=scenario.name,
-        description=scenario.description,
+        scenario=name,
+        description=description,
         engine=engine,
         run_config={**run_config, "output-dir": str(output_dir)},
         num_clients=num_clients,
@@ -211,21 +223,31 @@ def build_request(words: Sequence[str], *, engine: str, output: Path | None, com
 
 def _read_started_run(output: Path) -> dict[str, Scalar]:
     """Return the settings of the run in ``output``: its run config and its number of clients."""
-    settings: dict[str, Scalar] = {}
     for name in (config_file, simulation_file):
-        path = output / name
-        if not path.is_file():
+        if not (output / name).is_file():
             raise ConfigError(f"resume=true, but {output} holds no run: it has no {name}. Check --output.")
-        try:
-            settings |= json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{path} is damaged ({error}): this run cannot be continued.") from error
+    settings = _read_table(output / config_file) | _read_simulation(output)
+    for name in _origin:
+        settings.pop(name, None)
     keys = list_all_keys()
     unknown = [name for name in settings if name not in keys]
     if unknown:
         raise ConfigError(f"{output} holds a run of another release: it has the key {unknown[0]!r}. Start a new run.")
     checked = {name: check_value(keys[name], value) for name, value in settings.items()}
     return {name: value for name, value in checked.items() if name not in ("resume", "output-dir")}
+
+
+def _read_simulation(output: Path) -> dict[str, Scalar]:
+    """Return what :func:`_write_simulation` noted; nothing where there is no such file."""
+    path = output / simulation_file
+    return _read_table(path) if path.is_file() else {}
+
+
+def _read_table(path: Path) -> dict[str, Scalar]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): this run cannot be continued.") from error
 
 
 def choose_gpu_share(wanted: float, *, num_clients: int, client_num_cpus: int) -> float:

@@ -23,6 +23,7 @@ from ot_federated.model_owner.harness import harness_version, parse_tasks, score
 from ot_federated.model_owner.owner import Owner
 from ot_federated.model_owner.plug_in import full_model_names
 from ot_federated.model_owner.splitting import describe_split, package_versions
+from ot_federated.reporting.elapsed import Elapsed
 from ot_federated.reporting.model_card import describe_privacy as describe_guarantee
 from ot_federated.reporting.model_card import render_model_card
 from ot_federated.reporting.plots import plot_rounds
@@ -146,7 +147,7 @@ def report_every(num_steps: int) -> Callable[[StepReport], None]:
     return report
 
 
-def finish(owner: Owner, chosen: Chosen, *, setup_seconds: float, total_seconds: Callable[[], float]) -> None:
+def finish(owner: Owner, chosen: Chosen, elapsed: Elapsed) -> None:
     """Write adapter, model, plot and summary, and show the result."""
     config, run, merged = owner.config, owner.run, is_mergeable(owner.tuning)
     rounds = [line for line in run.read_metrics() if line.get("round", 0) > 0]
@@ -154,9 +155,8 @@ def finish(owner: Owner, chosen: Chosen, *, setup_seconds: float, total_seconds:
     plot_rounds(run.read_metrics(), run.path / "rounds.png", title=f"{config.model.source}, {config.data.train}")
 
     def sum_up() -> dict[str, Any]:
-        summary = summarise(owner, rounds, adapter_digest=digest, setup_seconds=setup_seconds)
+        summary = summarise(owner, rounds, adapter_digest=digest, elapsed=elapsed)
         summary["delivered"] = describe_delivery(chosen)
-        summary["seconds"]["total"] = round(total_seconds(), 1)
         auto_class = choose_auto_class(
             find_architecture(owner.model.config), classifies=bool(owner.manifest.classes)
         ).__name__
@@ -298,7 +298,7 @@ def describe_outcome(summary: Mapping[str, Any]) -> str:
 
 
 def summarise(
-    owner: Owner, rounds: Sequence[dict[str, Any]], *, adapter_digest: str, setup_seconds: float
+    owner: Owner, rounds: Sequence[dict[str, Any]], *, adapter_digest: str, elapsed: Elapsed
 ) -> dict[str, Any]:
     """Return the content of ``summary.json``."""
     parameters = list(owner.model.parameters())
@@ -338,8 +338,8 @@ def summarise(
             "full_model": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
         },
         "seconds": {
-            "total": 0.0,
-            "setup": round(setup_seconds, 1),
+            "total": round(elapsed.total(), 1),
+            "setup": round(elapsed.setup(), 1),
             "rounds": [round(line["seconds"], 1) for line in rounds],
         },
         "privacy": describe_privacy(owner, rounds),

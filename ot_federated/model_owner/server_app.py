@@ -5,7 +5,6 @@ Composition root of the model owner's side: the only place where settings, metho
 
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +24,7 @@ from ot_federated.model_owner.client_privacy import ClientPrivacyBooks, ClientRe
 from ot_federated.model_owner.evaluation import score_with_progress
 from ot_federated.model_owner.owner import Owner, build_realignment, prepare
 from ot_federated.model_owner.results import finish, score_end, score_start
+from ot_federated.reporting.elapsed import Elapsed
 from ot_federated.reporting.prometheus import serve_metrics
 from ot_federated.reporting.run_directory import (
     BusyRunError,
@@ -104,12 +104,17 @@ def describe_failure(error: Exception) -> str:
 
 def run_federation(grid: Grid, config: RunConfig, run: RunDirectory) -> None:
     """Prepare, federate, plug in, evaluate, deliver."""
-    began = time.monotonic()
+    with Elapsed(run, resume=config.resume) as elapsed:
+        run_timed(grid, config, run, elapsed)
+
+
+def run_timed(grid: Grid, config: RunConfig, run: RunDirectory, elapsed: Elapsed) -> None:
+    """Do the work of :func:`run_federation`."""
     say("run directory %s", run.path)
     owner = prepare(config, run)
     score_start(owner)
     strategy, first_arrays = build_strategy(owner)
-    setup_seconds = time.monotonic() - began
+    elapsed.end_setup()
     result = strategy.start(
         grid,
         first_arrays,
@@ -122,7 +127,7 @@ def run_federation(grid: Grid, config: RunConfig, run: RunDirectory) -> None:
     state = owner_state(result.arrays, strategy.aggregator)
     chosen = choose_delivery(owner, state, start=strategy.reference)
     score_end(owner, chosen.state)
-    finish(owner, chosen, setup_seconds=setup_seconds, total_seconds=lambda: time.monotonic() - began)
+    finish(owner, chosen, elapsed)
 
 
 def build_strategy(owner: Owner) -> tuple[OffsiteTuning, ArrayRecord]:

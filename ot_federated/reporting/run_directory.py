@@ -7,6 +7,7 @@
     metrics.jsonl     one line a round
     client_privacy.jsonl
                       one line for each noised sum of updates, under privacy.mode=client
+    seconds.json      how long each process of the run took
     rejections.json   whose replies were rejected, where any were
     checkpoints/      one directory a round
     adapter/ model/   what is delivered
@@ -42,6 +43,7 @@ config_file, metrics_file, summary_file, failure_file = (
 run_id_file = "run_id"
 lock_file = "lock"
 rejections_file = "rejections.json"
+seconds_file = "seconds.json"
 # These may differ between a run and its continuation, and so may evaluation.*: they do not change what is trained,
 free_keys = (
     "resume",

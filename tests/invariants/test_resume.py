@@ -197,6 +197,9 @@ def test_killed_between_metrics_and_checkpoint(
     assert saved == [1]
     assert resumed.digest == whole.digest
     assert resumed.summary["federation"] == whole.summary["federation"]
+    killed, last = json.loads((resumed.output / "seconds.json").read_text())
+    assert killed["total"] + last["setup"] < resumed.summary["seconds"]["total"] + 0.1
+    assert resumed.summary["seconds"]["setup"] == pytest.approx(killed["setup"] + last["setup"], abs=0.06)
     assert sorted(resumed.rounds) == [0, 1, 2]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tomllib
@@ -145,6 +146,40 @@ def test_resume_takes_the_settings_of_the_run_that_it_continues(monkeypatch, tmp
         True,
     )
     assert again.output_dir == tmp_path
+
+
+def test_resume_keeps_the_scenario_and_the_command_that_began_the_run(monkeypatch, tmp_path):
+    seen = []
+
+    def begin(request):
+        seen.append(request)
+        RunDirectory.open(str(request.output_dir), request.run_config, resume=bool(request.run_config["resume"]))
+
+    monkeypatch.setattr(command_line, "_run_on_ray", begin)
+    place = ["--output", str(tmp_path)]
+    for words in (["vision", "seed=7"], ["resume=true"], ["resume=true", "evaluation.max-examples=9"], ["resume=true"]):
+        assert main([*words, *place]) == 0
+    began = f"python run_sim.py vision seed=7 --output {tmp_path}"
+    assert [one.scenario for one in seen] == ["vision"] * 4
+    assert [one.run_config["seed"] for one in seen] == [7] * 4
+    told = f"{began} && python run_sim.py resume=true evaluation.max-examples=9 --output {tmp_path}"
+    assert [one.command for one in seen] == [began, began, told, began]
+
+
+def test_a_start_that_never_became_a_run_is_forgotten(monkeypatch, tmp_path):
+    monkeypatch.setattr(command_line, "_run_on_ray", lambda _request: None)
+    assert main(["vision", "num-clients=3", "--output", str(tmp_path)]) == 0
+    assert main(["private", "num-clients=4", "--output", str(tmp_path)]) == 0
+    noted = json.loads((tmp_path / command_line.simulation_file).read_text())
+    assert (noted["scenario"], noted["num-clients"]) == ("private", 4)
+
+
+@pytest.mark.parametrize("text", ["{", "7"])
+def test_resume_with_damaged_notes_says_so(text, tmp_path):
+    (tmp_path / "run_config.json").write_text("{}")
+    (tmp_path / command_line.simulation_file).write_text(text)
+    with pytest.raises(ConfigError, match="is damaged"):
+        request("resume=true", output=tmp_path)
 
 
 def test_resume_without_a_run_says_so(tmp_path):
