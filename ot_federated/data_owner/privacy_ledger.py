@@ -5,7 +5,7 @@ One directory per data set, on the data owner's disk::
     <root>/<dataset id>/
         ledger.jsonl    one line per paid round; each holds the SHA-256 of the line before and its own
         anchor.json     how many lines there are, and the hash of the last
-        replies/        the last few updates that left, so that a repeated round costs nothing
+        replies/        the updates of the last few rounds, so that a repeated round costs nothing
         lock
 
 *Write-ahead.* :meth:`PrivacyLedger.spend` returns after the entry is on the disk (fsync), and nothing is trained
@@ -62,7 +62,7 @@ from ot_federated.privacy_guarantee import Guarantee
 
 root_variable = "OT_FEDERATED_LEDGERS"
 ledger_file, anchor_file, lock_file = "ledger.jsonl", "anchor.json", "lock"
-num_replies_kept = 3
+num_rounds_kept = 3
 _num_read_attempts = 100
 
 
@@ -197,8 +197,9 @@ class PrivacyLedger:
     def spend(self, release: Release, *, budget_epsilon: float, delta: float) -> Receipt:
         """Pay for a round before it is trained: check the budget, and write the entry to the disk.
 
-        A round of a run that was paid before and whose reply was saved costs nothing: the receipt holds that
-        reply. Without a saved reply (a crash, or long ago) training it again is a new release, and is paid again.
+        A round of a run that this client paid before and whose reply was saved costs nothing: the receipt holds that
+        reply. Another client of the same data set pays for its own. Without a saved reply (a crash, or long ago)
+        training it again is a new release, and is paid again.
 
         Args:
             release: What is about to be trained and sent.
@@ -207,7 +208,7 @@ class PrivacyLedger:
 
         Raises:
             BudgetError: If history and release together cost more than the budget; nothing is written.
-            ProtocolError: If the same round of the same run was paid with other parameters.
+            ProtocolError: If this client paid the same round of the same run with other parameters.
             ConfigError: If ``delta`` or the budget is out of range.
             LedgerError: If the ledger is damaged, or the disk has no file locks.
             OtFederatedError: If the disk is full or may not be written.
@@ -239,36 +240,39 @@ class PrivacyLedger:
             self._append(release, entries, anchor, delta=delta)
         return Receipt(describe_epsilon(epsilon, delta=delta))
 
-    def save_reply(self, data: bytes, *, run: str, server_round: int) -> None:
-        """Keep what is about to leave for a paid round, so that asking again costs nothing; the last three stay.
+    def save_reply(self, data: bytes, *, run: str, server_round: int, client: str) -> None:
+        """Keep what is about to leave for a paid round, so that asking again costs nothing; the last three rounds stay.
 
         Raises:
-            LedgerError: If the round was never paid: it must not leave.
+            LedgerError: If this client never paid the round: it must not leave.
             OtFederatedError: If the disk is full or may not be written.
         """
         with self._locked():
-            paid = [(entry.release.run, entry.release.server_round) for entry in self.entries]
-            if (run, server_round) not in paid:
-                raise LedgerError(f"Round {server_round} of run {run!r} is not in {self._ledger}: it must not be sent.")
-            atomic_write_bytes(self._reply_path(run, server_round), hashlib.sha256(data).digest() + data)
-            latest = list(dict.fromkeys(reversed(paid)))[:num_replies_kept]
-            kept = {self._reply_path(*key) for key in [*latest, (run, server_round)]}
+            paid = [_reply_key(entry.release) for entry in self.entries]
+            if (run, server_round, client) not in paid:
+                raise LedgerError(
+                    f"Round {server_round} of run {run!r} is not in {self._ledger} for {client!r}: it must not be sent."
+                )
+            atomic_write_bytes(self._reply_path(run, server_round, client), hashlib.sha256(data).digest() + data)
+            # Of all clients: where several share the data set, none's reply makes another's go.
+            latest = list(dict.fromkeys(key[:2] for key in reversed(paid)))[:num_rounds_kept]
+            kept = {self._reply_path(*key) for key in paid if key[:2] in [*latest, (run, server_round)]}
             for path in (self.directory / "replies").iterdir():
                 if path not in kept:
                     path.unlink(missing_ok=True)
 
-    def load_reply(self, *, run: str, server_round: int) -> bytes | None:
-        """Return what left for a round; None where nothing was saved, or it was dropped or is damaged."""
+    def load_reply(self, *, run: str, server_round: int, client: str) -> bytes | None:
+        """Return what left this client for a round; None where nothing was saved, or it was dropped or is damaged."""
         try:
-            data = self._reply_path(run, server_round).read_bytes()
+            data = self._reply_path(run, server_round, client).read_bytes()
         except FileNotFoundError:
             return None
         digest, reply = data[:32], data[32:]
         return reply if hashlib.sha256(reply).digest() == digest else None
 
     def _repeated_reply(self, release: Release, entries: list[Entry]) -> bytes | None:
-        key = (release.run, release.server_round)
-        paid = [entry.release for entry in entries if (entry.release.run, entry.release.server_round) == key]
+        key = _reply_key(release)
+        paid = [entry.release for entry in entries if _reply_key(entry.release) == key]
         if not paid:
             return None
         changed = [
@@ -283,7 +287,7 @@ class PrivacyLedger:
                 f"Round {release.server_round} of run {release.run!r} was already paid with other parameters "
                 f"({'; '.join(changed)}). Repeat it unchanged, or start a new run."
             )
-        return self.load_reply(run=release.run, server_round=release.server_round)
+        return self.load_reply(run=release.run, server_round=release.server_round, client=release.client)
 
     def _append(self, release: Release, entries: list[Entry], anchor: Head, *, delta: float) -> None:
         head = self._head_of(entries)
@@ -331,9 +335,9 @@ class PrivacyLedger:
         check_head(entries, anchor, dataset_id=self.dataset_id, name=str(self._ledger))
         return entries, anchor
 
-    def _reply_path(self, run: str, server_round: int) -> Path:
+    def _reply_path(self, run: str, server_round: int, client: str) -> Path:
         # The run's id comes from the server: it must not choose a path.
-        name = hashlib.sha256(json.dumps([run, server_round]).encode()).hexdigest()[:32]
+        name = hashlib.sha256(json.dumps([run, server_round, client]).encode()).hexdigest()[:32]
         return self.directory / "replies" / f"{name}.reply"
 
     @contextmanager
@@ -350,6 +354,11 @@ class PrivacyLedger:
             for leftover in self.directory.glob(f".*{partial_suffix}"):  # of processes that were killed
                 leftover.unlink(missing_ok=True)
             yield
+
+
+def _reply_key(release: Release) -> tuple[str, int, str]:
+    """Return what makes a release a repetition of another: two clients of one data set must not send one update."""
+    return release.run, release.server_round, release.client
 
 
 def read_anchored_dataset(directory: Path) -> str:

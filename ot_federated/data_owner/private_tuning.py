@@ -192,5 +192,5 @@ def tune_privately(
         on_step=on_step,
     )
     arrays = encode(result)
-    ledger.save_reply(save(arrays), run=run, server_round=server_round)
+    ledger.save_reply(save(arrays), run=run, server_round=server_round, client=client)
     return arrays, receipt.guarantee

@@ -53,7 +53,7 @@ while True:
         os.write(1, b"repeated %d\\n" % server_round)
     else:
         os.write(1, b"trained %d\\n" % server_round)
-        ledger.save_reply(b"update %d" % server_round, run="run", server_round=server_round)
+        ledger.save_reply(b"update %d" % server_round, run="run", server_round=server_round, client="c")
     server_round += 1
 """
 
