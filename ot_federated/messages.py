@@ -201,6 +201,18 @@ def int_field(record: ConfigRecord, name: str) -> int:
     return value
 
 
+def number_field(record: ConfigRecord, name: str, *, default: float) -> float:
+    """Return a field of a config record that is a finite number, at least 0; ``default`` where it is missing.
+
+    Raises:
+        ProtocolError: If it is not a number, not finite, or negative.
+    """
+    value = record.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ProtocolError(f"the field {name!r} is {value!r:.200}, not a finite number of at least 0")
+    return float(value)
+
+
 def build_content(
     config: Mapping[str, str | int | float | bytes | list[int]],
     *,

@@ -31,6 +31,7 @@ from ot_federated.messages import (
     decode_update,
     encode_update,
     int_field,
+    number_field,
     text_field,
 )
 
@@ -189,6 +190,7 @@ def read_assignment(message: Message, context: Context, directory: Path) -> Assi
     arrays, dtype = message.content.array_records.get(arrays_key), text_field(record, "update-dtype")
     if arrays is None or dtype not in ("float32", "float16", "bfloat16"):
         raise ProtocolError(f"the train message has no adapter, or its type {dtype!r} is unknown")
+    proximal_mu = number_field(record, "proximal-mu", default=config.train.proximal_mu)
     policy_file = context.node_config.get("policy")
     policy = load_policy(Path(str(policy_file)).expanduser()) if policy_file else default_policy()
     work = {"length": config.data.max_length, "lora_r": config.tuning.lora_r}
@@ -219,7 +221,6 @@ def read_assignment(message: Message, context: Context, directory: Path) -> Assi
     server_round = int_field(record, "server-round")
     if not 1 <= server_round <= config.num_server_rounds:
         raise ProtocolError(f"the server asks for round {server_round} of {config.num_server_rounds}")
-    proximal_mu = record.get("proximal-mu", config.train.proximal_mu)
     return Assignment(
         config=config,
         directory=directory,
@@ -232,10 +233,7 @@ def read_assignment(message: Message, context: Context, directory: Path) -> Assi
         server_round=server_round,
         run=text_field(record, "run"),
         update_dtype=dtype,
-        optimizer=replace(
-            build_optimizer_settings(config.train),
-            proximal_mu=float(proximal_mu) if isinstance(proximal_mu, (int, float)) else 0.0,
-        ),
+        optimizer=replace(build_optimizer_settings(config.train), proximal_mu=proximal_mu),
         policy=policy,
     )
 

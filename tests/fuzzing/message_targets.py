@@ -134,7 +134,7 @@ def train_reply_seeds() -> list[bytes]:
 
 def build_train_request_parser() -> Callable[[bytes], object]:
     """What a client reads of ``train`` before it trains."""
-    from ot_federated.messages import arrays_key, config_of, decode_update, int_field, text_field
+    from ot_federated.messages import arrays_key, config_of, decode_update, int_field, number_field, text_field
 
     read, message, reference = _read_records(), _build_message("train"), _reference()
 
@@ -144,6 +144,7 @@ def build_train_request_parser() -> Callable[[bytes], object]:
         message.content = content
         record = config_of(message)
         text_field(record, "bundle-digest"), text_field(record, "run"), int_field(record, "server-round")
+        number_field(record, "proximal-mu", default=0.0)
         arrays, dtype = content.array_records.get(arrays_key), text_field(record, "update-dtype")
         if arrays is not None and dtype in ("float32", "float16", "bfloat16"):
             decode_update(arrays, reference, dtype=dtype)

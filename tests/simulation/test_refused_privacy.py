@@ -6,6 +6,7 @@ Each case is a whole federation, whose server learns why (but for what stands in
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.serverapp.strategy import FedProx
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -98,6 +100,22 @@ def test_what_is_refused_below_is_refused_for_what_is_wrong_with_it(prepare: Pre
     start(prepare())
     assert trainings == ["began"] * 2
     assert len(list_ledgers(ledger_root())) == 2
+
+
+@pytest.mark.parametrize("mu", [math.nan, math.inf, -1.0])
+def test_proximal_weight_that_no_honest_server_sends(
+    mu: float, prepare: Prepare, trainings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a round that is paid, and fails in its first step."""
+    plain = FedProx.configure_train
+
+    def configure(strategy: FedProx, *arguments: Any) -> Any:
+        strategy.proximal_mu = mu
+        return plain(strategy, *arguments)
+
+    monkeypatch.setattr(FedProx, "configure_train", configure)
+    failure = refuse(prepare({"strategy.name": "fedprox", "train.proximal-mu": 0.1}), trainings)
+    assert f"'proximal-mu' is {mu}, not a finite number of at least 0" in failure
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import pickle
 from typing import Any
 
@@ -24,6 +25,7 @@ from ot_federated.messages import (
     encode_update,
     int_field,
     num_array_bytes,
+    number_field,
     parse_hello,
     read_array,
     text_field,
@@ -261,6 +263,18 @@ def test_int_field_is_a_count(value: Any) -> None:
     record = ConfigRecord({} if value is None else {"f": value})
     with pytest.raises(ProtocolError, match=r"field 'f' is .*, not a count"):
         int_field(record, "f")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.1, "0.1", True, b"0"])
+def test_number_field_is_finite_and_not_negative(value: Any) -> None:
+    record = ConfigRecord({"f": value})
+    with pytest.raises(ProtocolError, match="'f' is .*, not a finite number of at least 0"):
+        number_field(record, "f", default=0.0)
+
+
+def test_number_field_may_be_missing() -> None:
+    assert number_field(ConfigRecord({"f": 2}), "f", default=0.5) == 2.0
+    assert number_field(ConfigRecord({}), "f", default=0.5) == 0.5
 
 
 def test_hello_is_parsed() -> None:
