@@ -321,6 +321,12 @@ def run_private_round(work: Assignment, context: Context, notes: Notes) -> tuple
     from ot_federated.training import TrainingResult
 
     config = work.config
+    if context.node_config.get("data-path") and not context.node_config.get("dataset"):
+        logger.warning(
+            "The node config names no dataset, so the privacy ledger is known by the data's content: one record more "
+            "or less begins a new ledger, as if nothing had been spent on the others. Name the data set for good: "
+            'dataset = "ward-7".'
+        )
 
     def encode(result: TrainingResult) -> dict[str, np.ndarray[Any, Any]]:
         record = encode_update(result.weights, work.adapter, dtype=work.update_dtype)

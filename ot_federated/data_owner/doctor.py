@@ -11,6 +11,7 @@ from typing import Any
 from ot_federated.data_owner.approved_code import ApprovedCode
 from ot_federated.data_owner.audit_trail import choose_trail, read_trail, trail_key
 from ot_federated.data_owner.bundle_cache import BundleCache
+from ot_federated.data_owner.ledger_entries import check_dataset_id
 from ot_federated.data_owner.policy import load_policy
 from ot_federated.data_owner.privacy_ledger import PrivacyLedger, ledger_root, list_ledgers
 from ot_federated.errors import ConfigError, DataError, OtFederatedError, SourceError, nearest_match
@@ -54,6 +55,7 @@ def examine_data_owner(directory: Path, *, superlink: str) -> list[Finding]:
             ("versions", check_versions),
             ("node config", read_config),
             ("data", lambda: check_data(config)),
+            ("data set", lambda: check_dataset(config)),
             ("policy", lambda: check_policy(config)),
             ("device", lambda: check_device(str(config.get("device", "auto")))),
             ("approved code", lambda: check_approved(directory / "approved.json")),
@@ -106,6 +108,16 @@ def check_data(config: Mapping[str, Any]) -> list[Finding]:
         return [Finding(check="data", level="error", found=f"{unreadable[0]} cannot be read", remedy=remedy)]
     num_bytes = sum(file.stat().st_size for file in files)
     return [well("data", f"{source}: {len(files)} files, {num_bytes:,} bytes")]
+
+
+def check_dataset(config: Mapping[str, Any]) -> list[Finding]:
+    """Look whether the data set has a name, under which its ledger goes on when records are added."""
+    name = str(config.get("dataset", ""))
+    if not name:
+        found = "no dataset: one record more or less begins a new privacy ledger, as if nothing had been spent"
+        remedy = 'Name the data set in node.toml, once and for good: dataset = "ward-7". See ot-federated ledger show.'
+        return [Finding(check="data set", level="warning", found=found, remedy=remedy)]
+    return [well("data set", f"{check_dataset_id(name)}, in the privacy ledger")]
 
 
 def check_policy(config: Mapping[str, Any]) -> list[Finding]:

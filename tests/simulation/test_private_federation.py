@@ -10,7 +10,7 @@ import pytest
 from ot_federated.cli import main as command_line
 from ot_federated.data_owner.privacy_ledger import PrivacyLedger, ledger_root, list_ledgers
 from ot_federated.privacy_accounting import Mechanism, epsilon_of
-from tests.federations import prepare_federation
+from tests.federations import build_questions, prepare_federation, write_rows
 
 delta = 1e-5
 private = {
@@ -104,3 +104,23 @@ def test_a_round_asked_for_twice_costs_nothing_and_shows_nothing_new(tmp_path: P
     assert {d: PrivacyLedger.open(ledger_root(), dataset_id=d).head for d in list_ledgers(ledger_root())} == before
     lines = (second.output / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["failures"] == {}
+
+
+@pytest.mark.parametrize("name", ["", "ward-7"])
+def test_data_without_a_name_is_warned_about(
+    name: str, tmp_path: Path, llama_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a ledger that begins anew, silently, when a record is added; and two clients that share one."""
+    data = write_rows(tmp_path / "own.jsonl", build_questions(24))
+    policy = tmp_path / "policy.toml"
+    policy.write_text("max-epsilon = 20\n")
+    node_config = {"policy": str(policy), "data-path": str(data), "dataset": name}
+    run(start(tmp_path, llama_directory, node_config=node_config, settings={"num-server-rounds": 1}))
+    captured = capsys.readouterr()
+    log = captured.out + captured.err
+    assert ("names no dataset" in log) == (not name)
+    assert ('dataset = "ward-7"' in log) == (not name)
+    (dataset,) = list_ledgers(ledger_root())
+    assert (dataset == name) or not name
+    entries = PrivacyLedger.open(ledger_root(), dataset_id=dataset).entries
+    assert [entry.release.client for entry in entries] == ["client-0000", "client-0001"]

@@ -40,6 +40,7 @@ def write_config(directory: Path, **changes: str) -> None:
         "cache-dir": str(root / "bundles"),
         "trail": str(root / "trail.jsonl"),
         "device": "cpu",
+        "dataset": "ward-7",
         **changes,
     }
     (directory / "node.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items()))
@@ -69,6 +70,8 @@ def test_a_data_owner_with_everything_is_well(etc: Path) -> None:
         (lambda etc: write_config(etc, **{"data-path": ""}), "data", "error"),
         (lambda etc: write_config(etc, **{"data-pth": "x"}), "node config", "error"),
         (lambda etc: (etc / "node.toml").write_text("name = "), "node config", "error"),
+        (lambda etc: write_config(etc, dataset=""), "data set", "warning"),
+        (lambda etc: write_config(etc, dataset="../ward-7"), "data set", "error"),
         (lambda etc: (etc / "policy.toml").write_text("max-epsilon = -1\n"), "policy", "error"),
         (lambda etc: write_config(etc, policy=""), "policy", "warning"),
         (lambda etc: (etc / "policy.toml").write_text("require-privacy = false\n"), "policy", "warning"),
