@@ -23,7 +23,7 @@ def linear_cka(first: torch.Tensor, second: torch.Tensor) -> float:
     """
     if len(first) != len(second):
         raise ValueError(f"{len(first)} and {len(second)} tokens: CKA compares states of the same tokens.")
-    x, y = (states.double() - states.double().mean(dim=0) for states in (first, second))
+    x, y = (states - states.mean(dim=0) for states in (first.cpu().double(), second.cpu().double()))
     cross = torch.linalg.matrix_norm(y.T @ x) ** 2
     own = torch.linalg.matrix_norm(x.T @ x) * torch.linalg.matrix_norm(y.T @ y)
     return float(cross / own) if own > 0 else 0.0

@@ -59,7 +59,7 @@ def recover_tokens(
         raise DataError("The update changes no layer that reads the first block's input: there is no span to check.")
     inputs = read_inputs(model, modules[names[0]])
     distinct = sorted(set(tokens_used))
-    span = row_span(torch.cat([update[name].float() for name in names]), max_rank=len(distinct))
+    span = row_span(torch.cat([update[name].float() for name in names]), max_rank=len(distinct)).to(inputs.device)
     unit = inputs / inputs.norm(dim=1, keepdim=True).clamp(min=1e-12)
     used = np.zeros(len(unit), dtype=bool)
     used[distinct] = True
@@ -105,12 +105,14 @@ def measure_random_spans(
 
 
 def row_span(change: torch.Tensor, *, max_rank: int) -> torch.Tensor:
-    """Return an orthonormal basis of the rows of ``change``, ``(in_features, rank)``, its largest directions.
+    """Return an orthonormal basis of the rows of ``change``, its largest directions.
+
+    It is ``(in_features, rank)``, on the CPU.
 
     A gradient has no more directions than the batch has tokens. AdamW's update has all of them, since it divides every
     number by its own size, but the gradient's are still the largest: the attacker is granted their number.
     """
-    _, sizes, directions = torch.linalg.svd(change.double(), full_matrices=False)
+    _, sizes, directions = torch.linalg.svd(change.cpu().double(), full_matrices=False)
     rank = min(max_rank, int((sizes > rank_tolerance * sizes[0]).sum()))
     basis: torch.Tensor = directions[:rank].T.float()
     return basis

@@ -39,9 +39,9 @@ def add_noise(
         return list(sums)
     noisy = []
     for total in sums:
-        normals = torch.from_numpy(random.draw_normals(total.numel())).view(total.shape).to(total.device)
-        # In float64 and rounded once: see secure_random on floating point.
-        noisy.append((total.double() + (noise_multiplier * max_grad_norm) * normals).float())
+        normals = torch.from_numpy(random.draw_normals(total.numel())).view(total.shape)
+        # In float64 and rounded once: see secure_random on floating point. On the CPU: not every device has float64.
+        noisy.append((total.cpu().double() + (noise_multiplier * max_grad_norm) * normals).float().to(total.device))
     return noisy
 
 

@@ -81,9 +81,9 @@ def fit_head(
     optimizer.step(closure)
     with torch.no_grad():
         fitted = weight / scale
-        head.weight.copy_(fitted)
+        head.weight.copy_(fitted.to(head.weight.dtype))
         if has_bias:
-            head.bias.copy_(bias - fitted @ mean)
+            head.bias.copy_((bias - fitted @ mean).to(head.bias.dtype))
 
 
 @torch.inference_mode()
@@ -94,7 +94,7 @@ def compute_features(
     head = find_head(model, find_architecture(model.config))
     assert head is not None, "the caller has looked"
     found: list[torch.Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].double().cpu()))
+    handle = head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].cpu().double()))
     try:
         for start in range(0, len(examples), num_examples_per_batch):
             class_logits(model, examples[start : start + num_examples_per_batch])

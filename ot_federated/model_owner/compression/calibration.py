@@ -90,13 +90,13 @@ def block_influence(model: PreTrainedModel, windows: torch.Tensor) -> list[float
         num_tokens += states[0][0].shape[:2].numel()
         for index, (before, after) in states.items():
             cosine = functional.cosine_similarity(before.float(), after.float(), dim=-1)
-            sums[index] = sums.get(index, 0.0) + float((1.0 - cosine).double().sum())
+            sums[index] = sums.get(index, 0.0) + float((1.0 - cosine).cpu().double().sum())
     return [sums[index] / num_tokens for index in sorted(sums)]
 
 
 @dataclass
 class _Moments:
-    """Sums over tokens from which a ridge regression with intercept follows."""
+    """Sums over tokens from which a ridge regression with intercept follows, in fp64 on the CPU."""
 
     num_tokens: int
     sum_x: torch.Tensor
@@ -126,7 +126,7 @@ def fit_bridges(
     solved = {}
     for number, moments in _sum_moments(model, windows, gaps).items():
         weight, bias, _ = _solve(moments, ridge=ridge)
-        solved[number] = weight.to(dtype), bias.to(dtype)
+        solved[number] = weight.to(dtype).to(model.device), bias.to(dtype).to(model.device)
     return solved
 
 
@@ -149,7 +149,8 @@ def fit_low_rank_bridges(
         up = torch.linalg.eigh(weight @ penalised @ weight.T).eigenvectors[:, -rank:]
         down = up.T @ weight
         bias = (moments.sum_y - up @ (down @ moments.sum_x)) / moments.num_tokens
-        solved[number] = {name: t.to(dtype) for name, t in (("up", up), ("down", down), ("bias", bias))}
+        parts = {"up": up, "down": down, "bias": bias}
+        solved[number] = {name: tensor.to(dtype).to(model.device) for name, tensor in parts.items()}
     return solved
 
 
@@ -159,7 +160,7 @@ def _sum_moments(model: PreTrainedModel, windows: torch.Tensor, gaps: Sequence[t
         for number, (first, last) in enumerate(gaps):
             x = states[first][0].flatten(0, 1).float()
             y = states[last][1].flatten(0, 1).float() - x
-            new = _Moments(len(x), x.sum(0).double(), y.sum(0).double(), (x.T @ x).double(), (x.T @ y).double())
+            new = _Moments(len(x), *(part.cpu().double() for part in (x.sum(0), y.sum(0), x.T @ x, x.T @ y)))
             old = moments.get(number)
             if old is None:
                 moments[number] = new
@@ -171,12 +172,12 @@ def _sum_moments(model: PreTrainedModel, windows: torch.Tensor, gaps: Sequence[t
 
 
 def _solve(moments: _Moments, *, ridge: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return weight, bias, and X'X with the penalty, in fp64."""
+    """Return weight, bias, and X'X with the penalty, in fp64 on the CPU."""
     mean_x, mean_y = moments.sum_x / moments.num_tokens, moments.sum_y / moments.num_tokens
     xx = moments.xx - moments.num_tokens * torch.outer(mean_x, mean_x)
     xy = moments.xy - moments.num_tokens * torch.outer(mean_x, mean_y)
     # A little is always added, so that fewer tokens than dimensions still have one solution.
     penalty = max(ridge, 1e-6) * xx.diagonal().mean()
-    penalised = xx + penalty * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+    penalised = xx + penalty * torch.eye(len(xx), dtype=xx.dtype)
     weight = torch.linalg.solve(penalised, xy).T
     return weight, mean_y - weight @ mean_x, penalised

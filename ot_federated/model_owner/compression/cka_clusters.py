@@ -42,12 +42,12 @@ def block_similarity(model: PreTrainedModel, windows: torch.Tensor, *, first: in
             parts.append(states[index][1].flatten(0, 1)[::stride].float())
     grams = []
     for parts in outputs.values():
-        x = torch.cat(parts).double()
+        x = torch.cat(parts).cpu().double()
         x -= x.mean(0)
         gram = x @ x.T
         grams.append((gram / gram.norm().clamp(min=1e-30)).float().flatten())
     stacked = torch.stack(grams)
-    return (stacked @ stacked.T).clamp(0.0, 1.0).cpu()
+    return (stacked @ stacked.T).clamp(0.0, 1.0)
 
 
 def keep_cluster_centres(similarity: torch.Tensor, *, first: int, num_kept: int) -> list[int]:
