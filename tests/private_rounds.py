@@ -29,14 +29,15 @@ usual = PrivacySettings(
     engine="loop",
     micro_batch_size=8,
 )
+whole = Tuning()
 generous = Policy(max_epsilon=1e6, delta=delta, min_noise_multiplier=1e-3, max_sample_rate=1.0)
 
 
-def write_tiny_bundle(directory: Path) -> Path:
+def write_tiny_bundle(directory: Path, *, dtype: torch.dtype = torch.float32) -> Path:
     """Write the bundle of a small random LLaMA: a block of adapter at either end, one of emulator between them."""
     write_bundle(
         directory,
-        model=build_family_model("llama"),
+        model=build_family_model("llama", dtype=dtype),
         tokenizer=byte_tokenizer(),
         stack=plan_stack(num_blocks=num_blocks, bottom=1, top=1, kept=[3], bridged=False),
         bridges={},
@@ -66,6 +67,7 @@ class PrivateClient:
         batch_size: Expected batch.
         num_examples: How many examples it has.
         num_steps: Steps of a round.
+        tuning: What trains.
         num_rounds: Rounds of the run.
     """
 
@@ -77,6 +79,7 @@ class PrivateClient:
     batch_size: int = 4
     num_examples: int = 40
     num_steps: int = 3
+    tuning: Tuning = whole
     num_rounds: int = 10
 
     def train(
@@ -88,11 +91,10 @@ class PrivateClient:
         **settings: Any,
     ) -> tuple[dict[str, np.ndarray[Any, Any]], float]:
         """Do one round, with ``settings`` in place of the client's own; return what leaves, and epsilon in all."""
-        tuning = Tuning()
         examples = build_examples(self.num_examples)
         arrays, guarantee = tune_privately(
             self.bundle,
-            load_model_once(str(self.bundle), "cpu", tuning).reference,
+            load_model_once(str(self.bundle), "cpu", self.tuning).reference,
             examples,
             rows=[{"tokens": list(example.input_ids)} for example in examples],
             dataset=self.dataset,
@@ -101,7 +103,7 @@ class PrivateClient:
             run=run,
             task="multiple-choice",
             device="cpu",
-            tuning=tuning,
+            tuning=self.tuning,
             client=self.name,
             server_round=server_round,
             num_rounds=self.num_rounds,

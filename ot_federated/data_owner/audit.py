@@ -20,7 +20,7 @@ from ot_federated.attacks.membership import judge_attacks, measure_signals, memb
 from ot_federated.attacks.one_run_audit import audit_with_best
 from ot_federated.attacks.token_recovery import count_vocabulary, first_attention_layers, recover_tokens
 from ot_federated.data_owner.differential_privacy import train_privately
-from ot_federated.data_owner.fine_tuning import TunableModel, load_model_once
+from ot_federated.data_owner.fine_tuning import TunableModel, load_model_once, load_private_model
 from ot_federated.data_owner.privacy_self_check import check_per_example_gradients
 from ot_federated.errors import ConfigError, DataError
 from ot_federated.privacy_accounting import Mechanism, calibrate_noise_multiplier, epsilon_of
@@ -104,7 +104,7 @@ def audit_data_owner(
     rng = np.random.default_rng([seed, 2305])
     order = rng.permutation(len(examples))
     chosen = [examples[index] for index in order[:num_candidates]]
-    tunable = load_model_once(str(directory), device, tuning)
+    tunable = load_as_trained(directory, device, tuning, training)
     vocabulary = count_vocabulary(tunable.model)
     candidates = make_canaries(chosen, kind=canaries, vocabulary_size=vocabulary, rng=rng)
     included = rng.random(num_candidates) < 0.5
@@ -144,6 +144,13 @@ def audit_data_owner(
             tunable, shortest(data, num_leaked_examples), training, noise_multiplier=noise, seed=seed
         ),
     }
+
+
+def load_as_trained(directory: Path, device: str, tuning: Tuning, training: Training) -> TunableModel:
+    """Load the emulated model in the type that a round would train it in."""
+    if training.privacy is None:
+        return load_model_once(str(directory), device, tuning)
+    return load_private_model(str(directory), device, tuning, engine=training.privacy.engine)
 
 
 def shortest(examples: Sequence[Example], num: int) -> list[Example]:

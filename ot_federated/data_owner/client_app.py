@@ -179,7 +179,7 @@ def read_assignment(message: Message, context: Context, directory: Path) -> Assi
         DataError: If the local data is not what the task needs.
         ConfigError: If the run config or the policy file is wrong.
     """
-    from ot_federated.data_owner.fine_tuning import build_bundle_task, load_model_once
+    from ot_federated.data_owner.fine_tuning import build_bundle_task, load_model_once, load_private_model
     from ot_federated.data_owner.local_data import load_local_rows
     from ot_federated.data_owner.policy import default_policy, load_policy
     from ot_federated.devices import choose_device
@@ -199,8 +199,11 @@ def read_assignment(message: Message, context: Context, directory: Path) -> Assi
     policy.check_work(**work)
     tuning = build_tuning(config)
     device = choose_device(str(context.node_config.get("device", "auto")))
-    reference = load_model_once(str(directory), device, tuning).reference
-    adapter = decode_update(arrays, reference, dtype=dtype)
+    if config.privacy.mode == "example":
+        tunable = load_private_model(str(directory), device, tuning, engine=config.privacy.engine)
+    else:
+        tunable = load_model_once(str(directory), device, tuning)
+    adapter = decode_update(arrays, tunable.reference, dtype=dtype)
     # While it trains nobody needs what has been read: with a large adapter that is gigabytes.
     del arrays, message.content[arrays_key]
     columns = config.columns

@@ -15,6 +15,7 @@ from torch import nn
 
 from ot_federated.bundle import read_manifest, read_tensors
 from ot_federated.config import RunConfig
+from ot_federated.data_owner.per_example_gradients import float32_engines
 from ot_federated.emulated_model import load_emulated_model
 from ot_federated.processors import load_bundle_processor
 from ot_federated.tasks.base import AnyExample, Task
@@ -46,19 +47,47 @@ class TunableModel:
 
 
 @lru_cache(maxsize=1)
-def load_model_once(directory: str, device: str, tuning: Tuning = full_tuning) -> TunableModel:
+def load_model_once(
+    directory: str, device: str, tuning: Tuning = full_tuning, dtype: torch.dtype | None = None
+) -> TunableModel:
     """Load the emulated model once a process: in a simulation the next client of the process finds it ready.
 
     Only the values of what trains differ between clients, and each round begins by writing all of them.
+
+    Args:
+        directory: The bundle.
+        device: Where it computes.
+        tuning: What trains.
+        dtype: The type it computes in, where that is not the bundle's. The reference stays in the bundle's.
     """
     manifest = read_manifest(Path(directory))
     model = load_emulated_model(Path(directory), manifest, device=device)
     parameters = prepare_tuning(model, manifest, tuning)
+    if dtype is not None:
+        model.to(dtype)  # type: ignore[arg-type]  # transformers annotates .to loosely
     base = read_tensors(Path(directory) / "adapter.safetensors")
     if tuning.method == "full":
         # As they are in the file, which is memory-mapped: fp32 copies would take as much as the trained weights do.
         return TunableModel(model, parameters, {name: base[name] for name in parameters})
     return TunableModel(model, parameters, start_state(parameters, base, tuning))
+
+
+def load_private_model(directory: str, device: str, tuning: Tuning, *, engine: str) -> TunableModel:
+    """Load the emulated model for private training, once a process: in fp32 for the engines that need it.
+
+    ``hooks`` and ``ghost`` bound an example's influence in fp32 alone (:mod:`~.per_example_gradients`). Where the
+    bundle is in bfloat16 or float16 the fp32 model takes twice its bytes, and they are this process's own: they are
+    no longer the file's, which processes share. ``loop`` keeps the bundle's type.
+    """
+    # As positions and no more than is needed: the cache tells calls apart by their form.
+    if engine in float32_engines and not is_float32(directory):
+        return load_model_once(directory, device, tuning, torch.float32)
+    return load_model_once(directory, device, tuning)
+
+
+def is_float32(directory: str) -> bool:
+    """Say whether a bundle's model computes in fp32 as it is."""
+    return read_manifest(Path(directory)).dtype == "float32"
 
 
 @lru_cache(maxsize=1)

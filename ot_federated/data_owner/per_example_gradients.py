@@ -11,9 +11,11 @@ each example's gradient is scaled to norm C at most, then they are summed. Three
     learners", ICLR 2022, https://arxiv.org/abs/2110.05679) and a second pass goes back through the scaled losses.
 
 In ``hooks`` and ``ghost`` the padding and the batch's size, which the other examples decide, choose the order in
-which an example's numbers are added up. In float32 that moves a gradient by about 1e-6 of itself. In bfloat16 it is
-up to a percent, and ``ghost`` also rounds the sum itself, so ``ghost`` refuses bfloat16 and the self-check allows
-``hooks`` a wider margin there. ``loop`` has no such margin.
+which an example's numbers are added up. An example that leaves changes the composition of all micro-batches after it,
+and with them every gradient there: in float32 by about 1e-6 of itself, in bfloat16 by a percent or more, so that the
+sum would move by more than C. ``hooks`` and ``ghost`` therefore compute in float32, whatever the bundle's type
+(``fine_tuning.load_private_model``), and refuse a model in another. ``loop`` has no such limit: it keeps the bundle's
+type, and half the memory where that is bfloat16.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 engine_names = ("hooks", "ghost", "loop")
+# Those in which an example's gradient depends on the rest of its batch, by rounding.
+float32_engines = ("hooks", "ghost")
 clipping_names = ("flat", "automatic")
 # Bu et al., "Automatic clipping", NeurIPS 2023, https://arxiv.org/abs/2206.07136: their gamma.
 automatic_stability = 0.01
@@ -129,6 +133,8 @@ def open_clipped_gradients(
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     try:
+        if engine in float32_engines:
+            _check_float32(model, parameters, engine=engine)
         with _engines[engine](model, parameters) as add_clipped:
             yield ClippedGradients(list(parameters.values()), add_clipped, micro_batch_size=micro_batch_size)
     finally:
@@ -183,7 +189,7 @@ def _hooks(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> It
         for total, gradients in found:
             # A row that is not finite must not reach the product: 0 * inf is not 0.
             gradients[factors == 0] = 0
-            total.view(-1).add_(torch.mv(gradients.float().T, factors))
+            total.view(-1).add_(torch.mv(gradients.T, factors))
 
     with _attached(model, GradSampleHooks, engine="hooks"):
         yield add_clipped
@@ -192,13 +198,6 @@ def _hooks(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> It
 @contextmanager
 def _ghost(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> Iterator[AddClipped]:
     from opacus.grad_sample import GradSampleHooksFastGradientClipping
-
-    if any(parameter.dtype != torch.float32 for parameter in parameters.values()):
-        raise PrivacyError(
-            "The client refuses to train: privacy.engine=ghost sums clipped gradients in the model's own type, and "
-            "below float32 the rounding of the sum exceeds the bound on one example. Set privacy.engine=loop or "
-            "hooks, or model.dtype=float32."
-        )
 
     def add_clipped(batch: Sequence[AnyExample], sums: list[torch.Tensor], clip: Clip) -> None:
         losses = example_losses(model, batch)[0]
@@ -232,6 +231,17 @@ def _ghost(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> It
 
 
 _engines = {"hooks": _hooks, "ghost": _ghost, "loop": _loop}
+
+
+def _check_float32(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter], *, engine: str) -> None:
+    # The frozen ones too: they round what the trained ones' gradients are made of.
+    for parameter in (*parameters.values(), *model.parameters()):
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise PrivacyError(
+                f"The client refuses to train: privacy.engine={engine} computes each example's gradient together with "
+                f"others, and in {str(parameter.dtype).removeprefix('torch.')} these change it by more than the bound "
+                "on one example allows. Load the model in float32, or set privacy.engine=loop."
+            )
 
 
 def _check_rows(

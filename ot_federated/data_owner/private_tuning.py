@@ -18,7 +18,7 @@ from safetensors.numpy import load, save
 
 from ot_federated.config import PrivacyConfig
 from ot_federated.data_owner.differential_privacy import train_privately
-from ot_federated.data_owner.fine_tuning import load_model_once
+from ot_federated.data_owner.fine_tuning import load_private_model
 from ot_federated.data_owner.ledger_entries import Release
 from ot_federated.data_owner.policy import Policy
 from ot_federated.data_owner.privacy_ledger import PrivacyLedger, identify_dataset, ledger_root
@@ -83,7 +83,7 @@ def find_noise_multiplier(*, target_epsilon: float, delta: float, sample_rate: f
 @lru_cache(maxsize=8)
 def check_once(directory: str, device: str, tuning: Tuning, engine: str, max_grad_norm: float, clipping: str) -> None:
     """Run the self-check on the bundle's model, once a process."""
-    tunable = load_model_once(directory, device, tuning)
+    tunable = load_private_model(directory, device, tuning, engine=engine)
     check_per_example_gradients(
         tunable.model, tunable.parameters, engine=engine, max_grad_norm=max_grad_norm, clipping=clipping
     )
@@ -172,7 +172,7 @@ def tune_privately(
     receipt = ledger.spend(release, budget_epsilon=policy.max_epsilon, delta=policy.delta)
     if receipt.reply is not None:
         return load(receipt.reply), receipt.guarantee
-    tunable = load_model_once(str(directory), device, tuning)
+    tunable = load_private_model(str(directory), device, tuning, engine=settings.engine)
     result = train_privately(
         tunable.model,
         tunable.parameters,

@@ -5,6 +5,7 @@ the bundle that the default run would send. A sample rate of 1 makes the batch o
 drawn by the same code as ever. Modes take turns in every repetition, so that a machine that slows down slows all of
 them; medians over all steps but the first of each turn, which pays for memory and hooks.
 
+A private step computes in the type in which a client would: ``hooks`` and ``ghost`` in float32, whatever ``dtype``.
 What the client's self-check refuses is not timed: the reason stands in its place.
 """
 
@@ -26,7 +27,7 @@ import torch
 
 from ot_federated.config import RunConfig, parse_run_config
 from ot_federated.data_owner.differential_privacy import train_privately
-from ot_federated.data_owner.fine_tuning import TunableModel, load_model_once
+from ot_federated.data_owner.fine_tuning import TunableModel, load_model_once, load_private_model
 from ot_federated.data_owner.per_example_gradients import PrivacyError, engine_names
 from ot_federated.data_owner.privacy_self_check import check_per_example_gradients
 from ot_federated.devices import choose_device
@@ -92,25 +93,26 @@ def measure(plan: Plan) -> list[dict[str, Any]]:
     }
     rows, modes = [], {"plain": _plain_turn(tunable, config)}
     for engine in plan.engines:
-        refusal = _refusal(tunable, engine=engine)
+        private = load_private_model(str(directory), device, tuning, engine=engine)
+        refusal = _refusal(private, engine=engine)
         if refusal:
             rows.append({**common, "engine": engine, "refused": refusal})
         else:
-            modes[engine] = _private_turn(tunable, config, engine=engine)
+            modes[engine] = _private_turn(private, config, engine=engine)
     seconds: dict[str, list[float]] = {name: [] for name in modes}
     for _, batch in itertools.product(range(plan.num_repetitions), batches):
         for name, turn in modes.items():
             seconds[name] += turn(batch, plan.num_steps)
     plain = median(seconds["plain"])
     for engine in [name for name in modes if name != "plain"]:
-        private = median(seconds[engine])
+        private_seconds = median(seconds[engine])
         rows.append(
             {
                 **common,
                 "engine": engine,
                 "plain_seconds": round(plain, 4),
-                "private_seconds": round(private, 4),
-                "ratio": round(private / plain, 3),
+                "private_seconds": round(private_seconds, 4),
+                "ratio": round(private_seconds / plain, 3),
                 "num_steps_timed": len(seconds[engine]),
             }
         )

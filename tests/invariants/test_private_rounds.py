@@ -19,12 +19,15 @@ import torch
 
 from ot_federated import privacy_accounting
 from ot_federated.data_owner import per_example_gradients, private_tuning
+from ot_federated.data_owner.audit import Training, load_as_trained
+from ot_federated.data_owner.fine_tuning import load_model_once, load_private_model
 from ot_federated.data_owner.policy import PolicyError
 from ot_federated.data_owner.privacy_ledger import BudgetError, PrivacyLedger, ledger_root, list_ledgers
 from ot_federated.secure_random import SecureRandom
 from ot_federated.tasks.base import Example
 from ot_federated.tasks.language_model import example_losses
-from ot_federated.training import MasterWeights
+from ot_federated.training import MasterWeights, OptimizerSettings
+from ot_federated.tuning import Tuning
 from tests.private_rounds import PrivateClient, delta, generous, write_tiny_bundle
 
 
@@ -188,6 +191,43 @@ def test_what_is_trained_is_what_was_paid(
 
 
 @pytest.mark.usefixtures("no_gradients")
+@pytest.mark.parametrize(
+    ("engine", "expected"), [("hooks", torch.float32), ("ghost", torch.float32), ("loop", torch.bfloat16)]
+)
+@pytest.mark.parametrize("tuning", [Tuning(), Tuning(method="lora", lora_r=2)], ids=["full", "lora"])
+def test_a_bundle_in_bfloat16_is_trained_in_the_engines_type(
+    tuning: Tuning, engine: str, expected: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a default that is refused on every device with bfloat16, and batches in a type that has no bound."""
+    bundle = write_tiny_bundle(tmp_path / "bundle", dtype=torch.bfloat16)
+    plain = load_model_once(str(bundle), "cpu", tuning).reference
+    before = {file.name: file.read_bytes() for file in bundle.iterdir()}
+    types = []
+    train = private_tuning.train_privately
+
+    def note(model: Any, *arguments: Any, **others: Any) -> Any:
+        types.append({parameter.dtype for parameter in model.parameters()})
+        return train(model, *arguments, **others)
+
+    monkeypatch.setattr(private_tuning, "train_privately", note)
+    update, _ = PrivateClient(bundle=bundle, tuning=tuning).train(engine=engine)
+    assert types == [{expected}]
+    # And so does the rehearsal.
+    settings = replace(PrivateClient(bundle=bundle).settings, engine=engine)
+    optimizer = OptimizerSettings(learning_rate=1e-3, lr_schedule="constant", warmup_fraction=0.0, weight_decay=0.0)
+    training = Training(batch_size=4, num_steps=1, optimizer=optimizer, privacy=settings)
+    assert load_as_trained(bundle, "cpu", tuning, training).model.dtype == expected
+    assert load_as_trained(bundle, "cpu", tuning, replace(training, privacy=None)).model.dtype == torch.bfloat16
+    # What the update is a difference to is the bundle's adapter, whatever type it was trained in.
+    reference = load_private_model(str(bundle), "cpu", tuning, engine=engine).reference
+    assert {name: tensor.dtype for name, tensor in reference.items()} == {n: t.dtype for n, t in plain.items()}
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in reference.items())
+    assert {file.name: file.read_bytes() for file in bundle.iterdir()} == before
+    moved = max(float(np.abs(update[name] - plain[name].float().numpy()).max()) for name in plain)
+    # AdamW at a constant rate of 1e-3 moves a weight by at most that in each of three steps, and about.
+    assert 1e-3 < moved < 4e-3
+
+
 def test_noise_is_new_in_every_round_and_at_every_client(client: PrivateClient) -> None:
     """Catches noise from a shared or configured seed: all that is configured is equal, and what is sent is not."""
     certain = replace(client, batch_size=client.num_examples)  # q = 1: the batches are equal, so noise alone differs

@@ -61,7 +61,7 @@ def test_self_check_leaves_the_model(engine: str) -> None:
     ("max_error", "max_influence", "allowed"),
     [
         (1.7e-4, 1 + 2.5e-6, True),  # SmolLM2-135M in float32: rounding, as float64 shows
-        (2e-3, 1.0, False),
+        (6e-4, 1.0, False),
         (0.0, 1 + 2e-5, False),
         (math.nan, 1.0, False),
         (0.0, math.nan, False),
@@ -71,7 +71,16 @@ def test_self_check_leaves_the_model(engine: str) -> None:
 def test_rounding_is_told_from_mistakes(max_error: float, max_influence: float, allowed: bool) -> None:
     model = build_family_model("llama")
     measured = SelfCheck(max_error=max_error, max_influence=max_influence)
-    with contextlib.nullcontext() if allowed else pytest.raises(PrivacyError, match=r"Set privacy\.engine=loop"):
+    for engine in ("hooks", "ghost"):
+        with contextlib.nullcontext() if allowed else pytest.raises(PrivacyError, match=r"Set privacy\.engine=loop"):
+            judge(model, trained_part(model), measured, engine=engine)
+
+
+def test_only_loop_has_a_margin_below_float32() -> None:
+    model = build_family_model("llama", dtype=torch.bfloat16)
+    measured = SelfCheck(max_error=0.01, max_influence=1.001)
+    judge(model, trained_part(model), measured, engine="loop")
+    with pytest.raises(PrivacyError, match=r"allowed: 0\.0005"):
         judge(model, trained_part(model), measured, engine="hooks")
 
 
@@ -118,21 +127,47 @@ def add_trained_positions(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block, "forward", forward)
 
 
+def look_at_the_padding(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An example's loss depends a little on its company: nothing is wrong where all are of one length."""
+
+    def losses(model: Any, batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+        values, counts = example_losses(model, batch)
+        longest = max(example.length for example in batch)
+        padding = torch.tensor([longest - example.length for example in batch])
+        return values * (1 + 0.002 * padding), counts
+
+    monkeypatch.setattr(per_example_gradients, "example_losses", losses)
+
+
+def look_at_the_size(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An example's loss depends a little on how many share its micro-batch."""
+
+    def losses(model: Any, batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+        values, counts = example_losses(model, batch)
+        return values * (1 + 0.005 * (len(batch) == 2)), counts
+
+    monkeypatch.setattr(per_example_gradients, "example_losses", losses)
+
+
 Mistake = Callable[[Any, pytest.MonkeyPatch], None]
-mistakes: list[Mistake] = [use_weight_functionally, use_weight_twice, take_the_batch_mean, add_trained_positions]
+mistakes: list[Mistake] = [
+    use_weight_functionally,
+    use_weight_twice,
+    take_the_batch_mean,
+    add_trained_positions,
+    look_at_the_padding,
+    look_at_the_size,
+]
 
 
-@pytest.mark.parametrize(
-    ("engine", "dtype"), [("hooks", torch.float32), ("hooks", torch.bfloat16), ("ghost", torch.float32)]
-)
+@pytest.mark.parametrize("engine", ["hooks", "ghost"])
 @pytest.mark.parametrize("mistake", mistakes)
-def test_self_check_refuses(mistake: Mistake, engine: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build_family_model("llama", dtype=dtype)
+def test_self_check_refuses(mistake: Mistake, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_family_model("llama")
     check_per_example_gradients(model, trained_part(model), engine=engine, max_grad_norm=1.0)
     mistake(model, monkeypatch)
     parameters = trained_part(model)
     if "positions" in dict(model.named_children()):
-        model.positions.to(dtype)
         parameters["positions.weight"] = model.positions.weight
     with pytest.raises(PrivacyError, match=r"^The client refuses to train.*llama model.*privacy\.engine=loop"):
         check_per_example_gradients(model, parameters, engine=engine, max_grad_norm=1.0)

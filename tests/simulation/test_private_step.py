@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ot_federated.data_owner.per_example_gradients import PrivacyError
+from simulations.benchmarks import private_step
 from simulations.benchmarks.private_step import main
 from tests.federations import build_questions, write_rows
 
@@ -46,8 +48,20 @@ def test_every_engine_is_timed_on_the_batches_of_plain_training(tmp_path: Path, 
     assert len(capsys.readouterr().out.splitlines()) == 9
 
 
-def test_what_a_client_would_refuse_is_not_timed(tmp_path: Path, words: list[str]) -> None:
+def test_what_a_client_would_refuse_is_not_timed(
+    tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, engine: str, **__: object) -> None:
+        raise PrivacyError(f"The client refuses to train: privacy.engine={engine}")
+
+    monkeypatch.setattr(private_step, "check_per_example_gradients", refuse)
     assert main([*words, "--dtypes=bfloat16", "--engines=ghost", "--tunings=lora"]) == 0
     (row,) = json.loads((tmp_path / "step.json").read_text())["rows"]
     assert "privacy.engine=ghost" in row["refused"]
     assert "ratio" not in row
+
+
+def test_batched_engines_are_timed_in_the_clients_type(tmp_path: Path, words: list[str]) -> None:
+    assert main([*words, "--dtypes=bfloat16", "--engines=hooks", "--tunings=lora"]) == 0
+    (row,) = json.loads((tmp_path / "step.json").read_text())["rows"]
+    assert (row["dtype"], row["num_steps_timed"]) == ("bfloat16", 4)
