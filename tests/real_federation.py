@@ -78,7 +78,6 @@ class RealFederation:
         num_nodes: Data owners: ``hospital-a``, ``hospital-b``, ...
         num_rows: Rows of each one's own data file.
         node_config: Further keys of every node's config.
-        node_options: Options of ``ot-federated supernode`` with which every node starts at first.
         app: The app that runs are submitted with: a directory or a FAB; by default the checkout as it is now.
         environment: Of every process.
     """
@@ -88,7 +87,6 @@ class RealFederation:
     num_nodes: int = 3
     num_rows: int = 16
     node_config: Mapping[str, Scalar] = field(default_factory=dict)
-    node_options: tuple[str, ...] = ()
     app: Path | None = None
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -146,7 +144,7 @@ class RealFederation:
             self.register(*self.nodes)
             self.approve(*self.nodes)
             for node in self.nodes:
-                node.start(*self.node_options)
+                node.start()
             for node in self.nodes:
                 wait_until(lambda node=node: node.node_id, seconds=600, what=self.logs)
             yield self

@@ -6,7 +6,10 @@ runs on ``ot-federated supernode``, same nodes, same sizes, with one step of tra
 milliseconds. Compared is the median duration of a round, the first ones left out: there the bundle travels, and
 programs start.
 
-``--cold``: our SuperNodes start a new Python for each message, as Flower's own do. The result file keeps both.
+``--cold``: the same again with SuperNodes of ours that start a new Python for each message, as Flower's own do.
+
+Every part is measured at another moment, so the machine should have nothing else to do; the load that there was stands
+beside the figures.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import shlex
 import sys
 import tempfile
@@ -84,7 +88,9 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=8, help="of each, the first of which are left out")
     parser.add_argument("--left-out", type=int, default=2)
-    parser.add_argument("--cold", action="store_true", help="a new Python for each message, as Flower does it")
+    parser.add_argument(
+        "--cold", action="store_true", help="also with a new Python for each message, as Flower does it"
+    )
     parser.add_argument("--output", type=Path, default=results)
     parsed = parser.parse_args()
     # The federation is the test suite's, which stands in the checkout beside this package.
@@ -94,46 +100,54 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         model = families.save_family_model(root / "model")
-        federation = real_federation.RealFederation(
-            root / "federation",
-            model=model,
-            num_nodes=parsed.nodes,
-            node_options=("--cold",) if parsed.cold else (),
-        )
+        federation = real_federation.RealFederation(root / "federation", model=model, num_nodes=parsed.nodes)
+        rounds: dict[str, list[float]] = {}
+        loads: dict[str, float] = {}
+        settings = {
+            "num-server-rounds": parsed.rounds,
+            "train.max-steps": 1,
+            "evaluation.max-validation-examples": 1,
+        }
         with federation.running():
-            settings = {
-                "num-server-rounds": parsed.rounds,
-                "train.max-steps": 1,
-                "evaluation.max-validation-examples": 1,
-            }
-            outcome = federation.run(settings, seconds=1800)
-            ours = [line["seconds"] for line in outcome.rounds]
+            for starts in ("warm", "cold") if parsed.cold else ("warm",):
+                if starts == "cold":
+                    for node in federation.nodes:
+                        node.stop()
+                        node.start("--cold")
+                outcome = federation.run(settings, seconds=1800)
+                rounds[starts] = [line["seconds"] for line in outcome.rounds]
+                loads[starts] = os.getloadavg()[1]
+                print(f"{starts}: {rounds[starts]}", flush=True)
+            update_bytes = outcome.summary["bytes"]["update_per_client_round"]
             layout = adapter_layout(outcome.output / "adapter" / "adapter.safetensors")
             for node in federation.nodes:
                 node.stop()
                 options = ["--superlink", f"127.0.0.1:{federation.proxy.port}", "--host", "127.0.0.1"]
                 options += ["--port", str(parties.find_free_port()), "--root-certificates", str(node.etc / "ca.crt")]
                 node.launch(["flower-supernode", *options, "--auth-supernode-private-key", str(node.private_key)])
-            empty = run_empty(federation, root / "empty", num_rounds=parsed.rounds, layout=layout, parties=parties)
-    round_ours, round_empty = median(ours[parsed.left_out :]), median(empty[parsed.left_out :])
-    overhead = round_ours / round_empty - 1
-    command = shlex.join(["python", "-m", "simulations.benchmarks.deployment_overhead", *sys.argv[1:]])
-    measured = {
-        "command": command,
-        "num_nodes": parsed.nodes,
-        "update_bytes": outcome.summary["bytes"]["update_per_client_round"],
-        "num_arrays": layout[0],
-        "seconds_of_rounds": {"ours": ours, "empty_app": empty},
-        "num_rounds_left_out": parsed.left_out,
-        "median_seconds": {"ours": round_ours, "empty_app": round_empty},
-        "overhead_fraction": round(overhead, 3),
-        "met": overhead <= target_fraction,
-    }
-    before = json.loads(parsed.output.read_text()) if parsed.output.is_file() else {}
-    kept = {name: before[name] for name in ("warm", "cold") if name in before}
-    kept["cold" if parsed.cold else "warm"] = measured
-    write_results(parsed.output, command=command, target_fraction=target_fraction, **kept)
-    print(f"a round: ours {round_ours:.2f} s, an empty app {round_empty:.2f} s, overhead {overhead:+.0%}")
+            rounds["empty_app"] = run_empty(
+                federation, root / "empty", num_rounds=parsed.rounds, layout=layout, parties=parties
+            )
+            loads["empty_app"] = os.getloadavg()[1]
+    medians = {name: median(seconds[parsed.left_out :]) for name, seconds in rounds.items()}
+    empty = medians["empty_app"]
+    overhead = {name: round(seconds / empty - 1, 3) for name, seconds in medians.items() if name != "empty_app"}
+    write_results(
+        parsed.output,
+        command=shlex.join(["python", "-m", "simulations.benchmarks.deployment_overhead", *sys.argv[1:]]),
+        num_nodes=parsed.nodes,
+        update_bytes=update_bytes,
+        num_arrays=layout[0],
+        seconds_of_rounds=rounds,
+        num_rounds_left_out=parsed.left_out,
+        median_seconds=medians,
+        load_average_over_5_minutes=loads,
+        overhead_fraction=overhead,
+        target_fraction=target_fraction,
+        met={name: fraction <= target_fraction for name, fraction in overhead.items()},
+    )
+    for name, fraction in overhead.items():
+        print(f"a round, {name}: {medians[name]:.2f} s, an empty app {empty:.2f} s, overhead {fraction:+.0%}")
 
 
 def adapter_layout(path: Path) -> tuple[int, int]:
