@@ -193,7 +193,7 @@ def test_noise_does_not_come_from_a_seed(seen: list[int]) -> None:
 @pytest.mark.parametrize("clipping", ["flat", "automatic"])
 @pytest.mark.parametrize(
     ("engine", "dtype"),
-    [(engine, torch.float32) for engine in engine_names] + [("hooks", torch.bfloat16), ("loop", torch.bfloat16)],
+    [(engine, torch.float32) for engine in engine_names] + [("loop", torch.bfloat16)],
 )
 def test_noise_has_the_accounted_size(
     engine: str, clipping: str, dtype: torch.dtype, steps: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
