@@ -125,7 +125,9 @@ def draw(results: Sequence[Result], directory: Path) -> None:
     panels = [("plug-in loss (nats)", losses, zero_shot, "full model before")]
     if all(result["rows"]["plug_in"].get("accuracy") is not None for result in results):
         before = mean(result["rows"]["full_zero_shot"]["accuracy"] for result in results)
-        panels.append(("plug-in accuracy", series(results, of_plug_in("accuracy")), before, "full model before"))
+        panels.append(
+            ("plug-in accuracy", series(results, of_plug_in("accuracy"), is_share=True), before, "full model before")
+        )
     plot_against_epsilon(panels, directory / "utility.png", claim=False)
     audited = [result for result in results if result["audited_epsilon_lower_bound"] is not None]
     if not audited:
@@ -139,13 +141,13 @@ def draw(results: Sequence[Result], directory: Path) -> None:
     areas = {
         name: points
         for attack in audited[0]["attacks"]
-        for name, points in series(audited, of_attack(attack), name=attack).items()
+        for name, points in series(audited, of_attack(attack), name=attack, is_share=True).items()
     }
     plot_against_epsilon([("membership inference, AUC", areas, 0.5, "chance")], directory / "attacks.png", claim=False)
 
 
 def series(
-    results: Iterable[Result], value: Points, *, name: str = ""
+    results: Iterable[Result], value: Points, *, name: str = "", is_share: bool = False
 ) -> dict[str, list[tuple[float | None, float, float, float]]]:
     """Return, for each kind of cell, target epsilon, mean and interval, by rising epsilon and none last.
 
@@ -154,6 +156,7 @@ def series(
         value: Gives a cell's value and, where it has one, its own 95 % interval, which is shown where there is one
             seed; of several seeds the interval is that over seeds.
         name: What is drawn, where it is not the kind of cell alone.
+        is_share: Whether the value lies between 0 and 1; an interval over few seeds is cut there.
     """
     groups: dict[tuple[str, ...], dict[float | None, list[Any]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
@@ -168,15 +171,16 @@ def series(
 
     return {
         title(kind): [
-            (epsilon, *_point(points[epsilon]))
+            (epsilon, *_point(points[epsilon], is_share=is_share))
             for epsilon in sorted(points, key=lambda e: float("inf") if e is None else e)
         ]
         for kind, points in groups.items()
     }
 
 
-def _point(found: Sequence[tuple[float, Sequence[float] | None]]) -> tuple[float, float, float]:
+def _point(found: Sequence[tuple[float, Sequence[float] | None]], *, is_share: bool) -> tuple[float, float, float]:
     if len(found) == 1 and found[0][1] is not None:
         centre, (low, high) = found[0][0], found[0][1]
         return centre, low, high
-    return interval_of([centre for centre, _ in found])
+    centre, low, high = interval_of([centre for centre, _ in found])
+    return (centre, max(0.0, low), min(1.0, high)) if is_share else (centre, low, high)
