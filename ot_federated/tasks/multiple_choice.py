@@ -168,6 +168,7 @@ def _parse_list(text: str) -> Any:
         return None
 
 
+@torch.inference_mode()
 def score_choices(model: PreTrainedModel, questions: Sequence[TokenisedQuestion]) -> list[torch.Tensor]:
     """Return, for each question, the summed log-probability of each choice, ``(num_choices,)``.
 
