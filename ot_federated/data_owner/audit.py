@@ -133,8 +133,8 @@ def audit_data_owner(
         "membership": judge_attacks({name: values[attacked] for name, values in scores.items()}, included[attacked]),
         "scores": {
             name: {
-                "members": np.round(values[attacked][included[attacked]], 6).tolist(),
-                "others": np.round(values[attacked][~included[attacked]], 6).tolist(),
+                "members": values[attacked][included[attacked]].tolist(),
+                "others": values[attacked][~included[attacked]].tolist(),
             }
             for name, values in scores.items()
         },

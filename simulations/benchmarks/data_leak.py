@@ -30,7 +30,7 @@ from simulations.benchmarks.environment import write_results
 from simulations.command_line import parse_settings
 
 no_privacy = "none"
-cell_format = 3  # 2: chance is what random spans recover; 3: with the scores, to pool over runs
+cell_format = 4  # 2: chance is what random spans recover; 3: with the scores, to pool over runs; 4: unrounded
 # What the table is made of; curves and the claim's parts are not kept.
 kept_fields = (
     "claimed_epsilon",
