@@ -118,10 +118,16 @@ class BundleCache:
         manifest = parse_manifest(manifest_text, digest=digest)
         part = changed_part(manifest, self._base_manifest(base))
         incoming = self._incoming(digest, shard_bytes, base)
-        if not (incoming / "bundle" / manifest_name).is_file():
+        noted = incoming / "bundle" / manifest_name
+        if not noted.is_file():
             self.reserve(part, digest)
-            shutil.rmtree(incoming, ignore_errors=True)
-            atomic_write_bytes(incoming / "bundle" / manifest_name, manifest_text)
+            # Clients of one simulation share this cache, and hear of the bundle in the same moment.
+            with file_lock(self.root / ".lock"):
+                if self.find(digest):
+                    return []
+                if not noted.is_file():
+                    shutil.rmtree(incoming, ignore_errors=True)
+                    atomic_write_bytes(noted, manifest_text)
         missing = self._missing(incoming, part, shard_bytes)
         # All shards and no bundle: the process that had the last one was killed before it could complete them.
         return missing or self._finish(incoming, part, digest, shard_bytes, base)

@@ -62,7 +62,7 @@ def test_self_check_leaves_the_model(engine: str) -> None:
     [
         (1.7e-4, 1 + 2.5e-6, True),  # SmolLM2-135M in float32: rounding, as float64 shows
         (6e-4, 1.0, False),
-        (0.0, 1 + 2e-5, False),
+        (0.0, 1 + 6e-5, False),
         (math.nan, 1.0, False),
         (0.0, math.nan, False),
         (0.2, 0.5, False),  # the least of the mistakes below
@@ -195,9 +195,9 @@ def test_self_check_sees_a_bound_that_is_not_kept(monkeypatch: pytest.MonkeyPatc
     """Catches a clip that is a little off, with the right direction and a plausible size."""
     model = build_family_model("llama")
     monkeypatch.setattr(
-        per_example_gradients, "clip_factors", lambda norms, **settings: 1.00005 * clip_factors(norms, **settings)
+        per_example_gradients, "clip_factors", lambda norms, **settings: 1.0001 * clip_factors(norms, **settings)
     )
-    with pytest.raises(PrivacyError, match=r"1\.00005 C"):
+    with pytest.raises(PrivacyError, match=r"1\.0001 C"):
         check_per_example_gradients(model, trained_part(model), engine="loop", max_grad_norm=1.0)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,6 +117,20 @@ def test_a_complete_bundle_lacks_nothing(sender: Sender, root: Path) -> None:
     assert sender.announce_to(BundleCache(root)) == []
     assert sender.send(cache, 1, data=b"late and wrong") == []
     assert_same_content(root / sender.digest, sender)
+
+
+def test_clients_of_one_cache_hear_of_a_bundle_at_once(sender: Sender, tmp_path: Path) -> None:
+    """Catches one that clears away what another is writing: in a simulation a client then missed a round."""
+    for attempt in range(30):
+        cache, start = BundleCache(tmp_path / f"cache-{attempt}"), threading.Barrier(4)
+
+        def announce(cache: BundleCache = cache, start: threading.Barrier = start) -> list[int]:
+            start.wait()
+            return sender.announce_to(cache)
+
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            answers = [future.result() for future in [pool.submit(announce) for _ in range(4)]]
+        assert answers == [[0, 1, 2, 3]] * 4
 
 
 def test_shard_damaged_on_the_way(sender: Sender, root: Path) -> None:
