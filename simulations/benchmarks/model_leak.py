@@ -13,6 +13,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,8 @@ def write_report(reports: Sequence[dict[str, Any]], directory: Path, *, command:
     plot_recovery({report["emulator_name"]: report["attacks"] for report in reports}, directory / "leak.png")
     details = "\n\n".join(f"{report['emulator_name']}\n{describe_leak(report)}" for report in reports)
     atomic_write_text(directory / "model_leak.txt", details + "\n")
-    atomic_write_text(directory / "model_leak.md", describe_emulators(reports) + "\n")
+    tables = (describe_emulators(reports), describe_releases(reports))
+    atomic_write_text(directory / "model_leak.md", "\n\n".join(filter(None, tables)) + "\n")
 
 
 def describe_emulators(reports: Sequence[dict[str, Any]]) -> str:
@@ -181,6 +183,24 @@ def describe_emulators(reports: Sequence[dict[str, Any]]) -> str:
         )
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def describe_releases(reports: Sequence[dict[str, Any]]) -> str:
+    """Return a Markdown table of R6: the middle blocks that a client who got two of the emulators holds exactly.
+
+    Emulators that keep the same blocks reveal together what one reveals; without others the text is empty.
+    """
+    kept: dict[tuple[int, ...], dict[str, Any]] = {}
+    for report in reports:
+        kept.setdefault(tuple(report["kept_blocks"]), report)
+    rows = []
+    for (first, one), (second, other) in combinations(kept.items(), 2):
+        ends = sum(entry["role"] in ("bottom", "top") for entry in one["cka"])
+        middle = len(one["exact_weights"]["by_block"]) - ends
+        names = " and ".join(report["emulator_name"] for report in (one, other))
+        rows.append(f"| {names} | {len(first)} | {len(second)} | {len({*first, *second})} of {middle} |")
+    head = "| R6: two releases | blocks of the first | of the second | middle blocks held exactly |\n|---|---|---|---|"
+    return "\n".join([head, *rows]) if rows else ""
 
 
 def _shares(report: dict[str, Any], attack: str = "R") -> list[float]:

@@ -12,7 +12,7 @@ from ot_federated.config import parse_run_config
 from ot_federated.errors import ConfigError
 from simulations.benchmarks import data_leak
 from simulations.benchmarks.data_leak_report import describe_levels, summarise_levels
-from simulations.benchmarks.model_leak import offered_emulators, read_emulator
+from simulations.benchmarks.model_leak import describe_releases, offered_emulators, read_emulator
 from simulations.command_line import parse_settings
 from simulations.sweep_report import describe_cells, interval_of, kept_share, series, write_report
 
@@ -175,3 +175,14 @@ def test_every_emulator_that_is_offered_has_a_name_that_is_read() -> None:
     assert (offsite.shrink, offsite.transport, offsite.distillation_steps) == ("svd+ffn", "int4", 7)
     with pytest.raises(ConfigError, match="offsite.shrink='squeeze' is not one of"):
         parse_run_config(parse_settings(read_emulator("uniform+bridge+squeeze:5")))
+
+
+def test_two_releases_reveal_the_blocks_of_both() -> None:
+    ends = [{"role": "bottom"}, {"role": "top"}]
+
+    def report(name: str, *kept: int) -> dict[str, Any]:
+        return {"emulator_name": name, "kept_blocks": kept, "cka": ends, "exact_weights": {"by_block": [0] * 8}}
+
+    table = describe_releases([report("a", 2, 4), report("same", 2, 4), report("b", 3, 4)])
+    assert table.splitlines()[2:] == ["| a and b | 2 | 2 | 3 of 6 |"]
+    assert describe_releases([report("a", 2, 4)]) == ""
