@@ -23,7 +23,7 @@ from ot_federated.cache import atomic_write_text
 from ot_federated.config import flatten, parse_run_config
 from ot_federated.errors import ConfigError, OtFederatedError, nearest_match
 from ot_federated.package_assets import is_package_source
-from ot_federated.reporting.run_directory import config_file
+from ot_federated.reporting.run_directory import BusyRunError, config_file
 from ot_federated.settings import Key, Scalar, check_value
 from ot_federated.sources import is_local_source
 from simulations.command_line_help import describe_scenarios, describe_usage
@@ -336,10 +336,12 @@ def _run_in_process(request: Request) -> None:
 
     request.output_dir.mkdir(parents=True, exist_ok=True)
     cache_dir = request.output_dir / "client-cache"
+    busy = False
     with _set_environment(_environment_of(request) | {"OT_FEDERATED_BUNDLE_CACHE": str(cache_dir)}):
         try:
             run_in_process(server_app, client_app, run_config=request.run_config, num_clients=request.num_clients)
-        except OtFederatedError:
+        except OtFederatedError as error:
+            busy = isinstance(error, BusyRunError)
             raise
         except Exception as error:
             log_path = request.output_dir / "simulation.log"
@@ -347,7 +349,9 @@ def _run_in_process(request: Request) -> None:
             reason = f"{type(error).__name__}: {error}".rstrip(": ")
             raise OtFederatedError(f"The run failed: {reason}\nThe traceback is in {log_path}.") from error
         finally:
-            shutil.rmtree(cache_dir, ignore_errors=True)
+            # Where another process is at work on the run, the cache is that one's.
+            if not busy:
+                shutil.rmtree(cache_dir, ignore_errors=True)
 
 
 def _environment_of(request: Request) -> dict[str, str]:

@@ -34,7 +34,7 @@ Scalar = bool | int | float | str
 
 failure_file_name = "failure.txt"
 log_file_name = "simulation.log"
-cache_dir_name = "client-cache"
+cache_dir_prefix = "client-cache-"
 start_seconds = 60.0
 
 
@@ -93,7 +93,8 @@ def run_on_ray(
     (output_dir / failure_file_name).unlink(missing_ok=True)
     token = uuid.uuid4().hex
     home = Path(tempfile.mkdtemp(prefix="otf-", dir=_short_temp_dir()))
-    cache_dir = output_dir / cache_dir_name
+    # Each start has its own: what ends removes it, also a start that was refused while the run is still at work.
+    cache_dir = output_dir / f"{cache_dir_prefix}{token[:8]}"
     with guard_run(token, directories=[home, cache_dir]):
         variables = _build_environment(home) | {
             **environment,

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ot_federated.cache import atomic_write_text, cache_root
+from ot_federated.cache import atomic_write_text, cache_root, file_lock
 from ot_federated.config import parse_run_config
 from ot_federated.errors import DataError, OtFederatedError
 from ot_federated.settings import Scalar
@@ -109,13 +109,15 @@ def run_sweep(
     with tqdm(cells, desc="sweep", unit="cell") as bar:
         for cell in bar:
             bar.set_postfix_str(cell.name[:60])
-            is_new = read_cell(directory, cell) is None
-            if is_new:
-                try:
-                    run_cell(cell, directory / cell.name, num_candidates=sweep.num_candidates, engine=engine)
-                except OtFederatedError as error:
-                    failed.append(cell)
-                    bar.write(f"FAILED {cell.name}: {error}", file=sys.stderr)
+            # Another sweep may be at work on the same cell.
+            with file_lock(directory / cell.name / "lock"):
+                is_new = read_cell(directory, cell) is None
+                if is_new:
+                    try:
+                        run_cell(cell, directory / cell.name, num_candidates=sweep.num_candidates, engine=engine)
+                    except OtFederatedError as error:
+                        failed.append(cell)
+                        bar.write(f"FAILED {cell.name}: {error}", file=sys.stderr)
             done = [result for other in cells if (result := read_cell(directory, other))]
             for target in targets if done and (is_new or cell is cells[-1]) else []:
                 write_report(done, target, command=command)

@@ -177,24 +177,26 @@ class BundleCache:
                 bundle does not have the digests of its manifest (all shards are then dropped).
             OtFederatedError: If the disk is full; the shard then counts as missing.
         """
-        if self.find(digest):
-            return []
         incoming = self._incoming(digest, shard_bytes, base)
-        manifest = self.announced(digest, shard_bytes=shard_bytes, base=base)
-        if not 0 <= index < count_shards(manifest, shard_bytes=shard_bytes):
-            raise BundleError(f"Shard {index} is not one of the bundle {digest[:12]}.")
-        num_bytes = sum(map(len, pieces))
-        if num_bytes != shard_size(manifest, index, shard_bytes=shard_bytes):
-            raise BundleError(f"Shard {index} of {digest[:12]} has {num_bytes} bytes, not what the manifest gives.")
-        found = hashlib.sha256()
-        for piece in pieces:
-            found.update(piece)
-        if found.hexdigest() != sha256:
-            raise BundleError(f"Shard {index} of {digest[:12]} was damaged on the way; send it again.")
-        with explain_disk_errors(incoming):
-            write_shard(incoming / "bundle", manifest, index, pieces, shard_bytes=shard_bytes)
-        atomic_write_bytes(incoming / f"have-{index:06d}", b"")
-        return self._finish(incoming, manifest, digest, shard_bytes, base)
+        # One at a time: the last shard of one process takes away the place where another would write.
+        with file_lock(self.root / ".receiving"):
+            if self.find(digest):
+                return []
+            manifest = self.announced(digest, shard_bytes=shard_bytes, base=base)
+            if not 0 <= index < count_shards(manifest, shard_bytes=shard_bytes):
+                raise BundleError(f"Shard {index} is not one of the bundle {digest[:12]}.")
+            num_bytes = sum(map(len, pieces))
+            if num_bytes != shard_size(manifest, index, shard_bytes=shard_bytes):
+                raise BundleError(f"Shard {index} of {digest[:12]} has {num_bytes} bytes, not what the manifest gives.")
+            found = hashlib.sha256()
+            for piece in pieces:
+                found.update(piece)
+            if found.hexdigest() != sha256:
+                raise BundleError(f"Shard {index} of {digest[:12]} was damaged on the way; send it again.")
+            with explain_disk_errors(incoming):
+                write_shard(incoming / "bundle", manifest, index, pieces, shard_bytes=shard_bytes)
+            atomic_write_bytes(incoming / f"have-{index:06d}", b"")
+            return self._finish(incoming, manifest, digest, shard_bytes, base)
 
     def _finish(self, incoming: Path, part: Manifest, digest: str, shard_bytes: int, base: str) -> list[int]:
         """Complete the bundle if all shards are there; return those that are not."""
@@ -217,7 +219,12 @@ class BundleCache:
                 elif not (directory / file.name).exists():
                     link_or_copy(self.root / base / file.name, directory / file.name)
             verify_files(directory, manifest)
-            directory.rename(self.root / digest)
+            try:
+                directory.rename(self.root / digest)
+            except OSError:
+                # Its owner imported the same bundle in the meantime.
+                if not self.find(digest):
+                    raise
         finally:
             # Complete, or wrong as a whole: in both cases what came is of no more use.
             shutil.rmtree(incoming, ignore_errors=True)

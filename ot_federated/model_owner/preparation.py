@@ -14,7 +14,7 @@ import torch
 import ot_federated
 from ot_federated.architectures import check_split, find_architecture, get_blocks
 from ot_federated.bundle import Manifest, read_manifest, read_tensors, verify_files
-from ot_federated.cache import cache_root
+from ot_federated.cache import cache_root, file_lock
 from ot_federated.errors import BundleError, DataError
 from ot_federated.model_owner.compression.calibration import tokenise_public_text
 from ot_federated.model_owner.compression.choice import choose_blocks, text_free
@@ -84,73 +84,75 @@ def prepare_bundle(
     blocks = get_blocks(model, find_architecture(model.config))
     check_split(num_blocks=len(blocks), bottom=bottom, emulator=emulator, top=top)
     directory = cache_root() / "bundles" / recipe_digest(recipe)
-    if directory.is_dir():
-        try:
-            manifest = read_manifest(directory)
-            verify_files(directory, manifest)
-            check_model(directory, manifest, model)
-        except BundleError as error:
-            say(f"The cached bundle is made anew: {error}")
-            shutil.rmtree(directory)
-        else:
-            say(f"Bundle {manifest.digest[:12]} from the cache")
-            return directory, manifest
-    windows, public = None, None
-    if keep not in text_free or gaps in bridged_ways or distillation:
-        num_tokens = max(calibration_tokens, distillation_tokens if distillation else 0)
-        public = prepare_windows(model, tokenizer, read_public_text(), num_tokens=num_tokens)
-        per_window = num_public_tokens(model, public[:1])
-        windows = public[: max(1, calibration_tokens // per_window)]
-    kept = choose_blocks(
-        model,
-        windows,
-        keep=keep,
-        first=bottom,
-        last=len(blocks) - top - 1,
-        num_kept=emulator,
-        ridge=ridge,
-        say=say,
-    )
-    stack = plan_stack(
-        num_blocks=len(blocks),
-        bottom=bottom,
-        top=top,
-        kept=kept,
-        bridged=gaps in bridged_ways,
-        shared=gaps == "share",
-    )
-    tensors = split_tensors(model, stack, bridges={})["emulator"]
-    if windows is not None and any(entry.role == "bridge" for entry in stack):
-        say(f"Fitting bridges on {len(windows)} windows of public text, or images")
-        width = bridge_width if gaps == "trained-bridge" else 0
-        stack, bridges = build_bridges(model, windows, stack, ridge=ridge, rank=bridge_rank, width=width)
-        tensors |= bridges
-    stack, tensors = shrink_blocks(model, stack, tensors, shrink=shrink, keep=shrink_keep)
-    if distillation and public is not None:
-        learnt, held_out = hold_out(public)
-        tensors = distil(
+    # Two runs that start together would build it twice, on the same checkpoints.
+    with file_lock(cache_root() / "locks" / f"bundle-{directory.name}"):
+        if directory.is_dir():
+            try:
+                manifest = read_manifest(directory)
+                verify_files(directory, manifest)
+                check_model(directory, manifest, model)
+            except BundleError as error:
+                say(f"The cached bundle is made anew: {error}")
+                shutil.rmtree(directory)
+            else:
+                say(f"Bundle {manifest.digest[:12]} from the cache")
+                return directory, manifest
+        windows, public = None, None
+        if keep not in text_free or gaps in bridged_ways or distillation:
+            num_tokens = max(calibration_tokens, distillation_tokens if distillation else 0)
+            public = prepare_windows(model, tokenizer, read_public_text(), num_tokens=num_tokens)
+            per_window = num_public_tokens(model, public[:1])
+            windows = public[: max(1, calibration_tokens // per_window)]
+        kept = choose_blocks(
             model,
-            stack,
-            tensors,
-            learnt,
-            held_out,
-            settings=distillation,
-            checkpoints=cache_root() / "distillation" / directory.name,
+            windows,
+            keep=keep,
+            first=bottom,
+            last=len(blocks) - top - 1,
+            num_kept=emulator,
+            ridge=ridge,
             say=say,
         )
-    words = [shrink, transport, f"distilled-{distillation.num_steps}" if distillation else "none"]
-    manifest = write_bundle(
-        directory,
-        model=model,
-        tokenizer=tokenizer,
-        stack=stack,
-        bridges={},
-        compression="+".join([keep, gaps, *(word for word in words if word not in ("none", "as-is"))]),
-        emulator=tensors,
-        transport=transport,
-    )
-    say(f"Bundle {manifest.digest[:12]}: {manifest.num_bytes / 1e6:.0f} MB, middle blocks kept {kept}")
-    return directory, manifest
+        stack = plan_stack(
+            num_blocks=len(blocks),
+            bottom=bottom,
+            top=top,
+            kept=kept,
+            bridged=gaps in bridged_ways,
+            shared=gaps == "share",
+        )
+        tensors = split_tensors(model, stack, bridges={})["emulator"]
+        if windows is not None and any(entry.role == "bridge" for entry in stack):
+            say(f"Fitting bridges on {len(windows)} windows of public text, or images")
+            width = bridge_width if gaps == "trained-bridge" else 0
+            stack, bridges = build_bridges(model, windows, stack, ridge=ridge, rank=bridge_rank, width=width)
+            tensors |= bridges
+        stack, tensors = shrink_blocks(model, stack, tensors, shrink=shrink, keep=shrink_keep)
+        if distillation and public is not None:
+            learnt, held_out = hold_out(public)
+            tensors = distil(
+                model,
+                stack,
+                tensors,
+                learnt,
+                held_out,
+                settings=distillation,
+                checkpoints=cache_root() / "distillation" / directory.name,
+                say=say,
+            )
+        words = [shrink, transport, f"distilled-{distillation.num_steps}" if distillation else "none"]
+        manifest = write_bundle(
+            directory,
+            model=model,
+            tokenizer=tokenizer,
+            stack=stack,
+            bridges={},
+            compression="+".join([keep, gaps, *(word for word in words if word not in ("none", "as-is"))]),
+            emulator=tensors,
+            transport=transport,
+        )
+        say(f"Bundle {manifest.digest[:12]}: {manifest.num_bytes / 1e6:.0f} MB, middle blocks kept {kept}")
+        return directory, manifest
 
 
 def prepare_windows(

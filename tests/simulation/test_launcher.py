@@ -120,7 +120,7 @@ def assert_nothing_is_left(output_dir: Path) -> None:
     server = json.loads((output_dir / "server.json").read_text())
     assert find_processes(server["OT_FEDERATED_RUN_TOKEN"]) == []
     assert not Path(server["FLWR_HOME"]).exists()
-    assert not (output_dir / "client-cache").exists()
+    assert not list(output_dir.glob("client-cache-*"))
 
 
 def test_run_succeeds(app_dir, tmp_path, capfd):
@@ -138,7 +138,10 @@ def test_run_succeeds(app_dir, tmp_path, capfd):
     assert len(clients) == 3
     for client in clients:
         assert client["text"] == awkward
-        assert client["OT_FEDERATED_BUNDLE_CACHE"] == str(tmp_path / "client-cache")
+        # Its own, for a second start on the same directory removes what is its own.
+        assert client["OT_FEDERATED_BUNDLE_CACHE"] == str(
+            tmp_path / f"client-cache-{server['OT_FEDERATED_RUN_TOKEN'][:8]}"
+        )
         assert client["OT_FEDERATED_RUN_TOKEN"] == server["OT_FEDERATED_RUN_TOKEN"]
     assert_nothing_is_left(tmp_path)
 
@@ -210,7 +213,7 @@ def test_nothing_is_left_after_a_signal(app_dir, tmp_path, number):
     _, error_text = process.communicate(timeout=30)
     if number == signal.SIGKILL:
         deadline = time.monotonic() + 15
-        while (find_processes(token) or (tmp_path / "client-cache").exists()) and time.monotonic() < deadline:
+        while (find_processes(token) or list(tmp_path.glob("client-cache-*"))) and time.monotonic() < deadline:
             time.sleep(0.5)
     else:
         assert process.returncode == 130
