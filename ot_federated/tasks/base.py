@@ -151,4 +151,4 @@ def wilson_interval(num_right: int, num_examples: int) -> tuple[float, float]:
     half = (
         z / (1 + z * z / num_examples) * math.sqrt(share * (1 - share) / num_examples + (z / (2 * num_examples)) ** 2)
     )
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)
