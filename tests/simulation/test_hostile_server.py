@@ -44,7 +44,7 @@ class Client:
     def files(self) -> set[str]:
         """Return all files below the cache's parent, but for locks and the cache's name."""
         found = {str(path.relative_to(self.cache.parent)) for path in self.cache.parent.rglob("*") if path.is_file()}
-        return {name for name in found if Path(name).name not in (".lock", "cache-id")}
+        return {name for name in found if Path(name).name not in (".lock", ".receiving", "cache-id")}
 
 
 @pytest.fixture
