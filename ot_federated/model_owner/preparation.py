@@ -86,17 +86,8 @@ def prepare_bundle(
     directory = cache_root() / "bundles" / recipe_digest(recipe)
     # Two runs that start together would build it twice, on the same checkpoints.
     with file_lock(cache_root() / "locks" / f"bundle-{directory.name}"):
-        if directory.is_dir():
-            try:
-                manifest = read_manifest(directory)
-                verify_files(directory, manifest)
-                check_model(directory, manifest, model)
-            except BundleError as error:
-                say(f"The cached bundle is made anew: {error}")
-                shutil.rmtree(directory)
-            else:
-                say(f"Bundle {manifest.digest[:12]} from the cache")
-                return directory, manifest
+        if prepared := _read_prepared(directory, model, say=say):
+            return directory, prepared
         windows, public = None, None
         if keep not in text_free or gaps in bridged_ways or distillation:
             num_tokens = max(calibration_tokens, distillation_tokens if distillation else 0)
@@ -153,6 +144,22 @@ def prepare_bundle(
         )
         say(f"Bundle {manifest.digest[:12]}: {manifest.num_bytes / 1e6:.0f} MB, middle blocks kept {kept}")
         return directory, manifest
+
+
+def _read_prepared(directory: Path, model: PreTrainedModel, *, say: Callable[[str], None]) -> Manifest | None:
+    """Return the manifest of a bundle that is there and whole, or None; one that is damaged is removed."""
+    if not directory.is_dir():
+        return None
+    try:
+        manifest = read_manifest(directory)
+        verify_files(directory, manifest)
+        check_model(directory, manifest, model)
+    except BundleError as error:
+        say(f"The cached bundle is made anew: {error}")
+        shutil.rmtree(directory)
+        return None
+    say(f"Bundle {manifest.digest[:12]} from the cache")
+    return manifest
 
 
 def prepare_windows(

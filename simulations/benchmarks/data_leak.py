@@ -75,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "leaked_examples": parsed.leaked_examples,
         "canaries": parsed.canaries,
     }
-    write_results(parsed.output_dir / "data_leak.json", command=command, **asked, levels=levels, cells=cells)
+    # Scores are many, and pooled in the levels; each run's file keeps its own.
+    told = [{name: value for name, value in cell.items() if name != "scores"} for cell in cells]
+    write_results(parsed.output_dir / "data_leak.json", command=command, **asked, levels=levels, cells=told)
     atomic_write_text(parsed.output_dir / "data_leak.md", table + "\n")
     sys.stdout.write(table + "\n")
     return int(any(level["num_below_claim"] < level["num_runs"] for level in levels if level["level"] != no_privacy))
