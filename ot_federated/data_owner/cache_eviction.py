@@ -71,11 +71,12 @@ def make_room(root: Path, num_bytes: int, *, max_bytes: int, keep: str) -> None:
     for directory in sorted(stored, key=lambda path: path.stat().st_mtime):
         if sum(stored.values()) + num_bytes <= max_bytes:
             return
-        if is_in_use(root, directory):
-            continue
-        logger.info("the cache makes room: %s goes, %.1f MB", directory.name, stored[directory] / 1e6)
-        # Under a name that is no bundle's first, so that a killed process leaves nothing that looks like one.
-        going = directory.rename(root / f".going-{directory.name}")
+        with unless_in_use(root, directory) as free:
+            if not free:
+                continue
+            logger.info("the cache makes room: %s goes, %.1f MB", directory.name, stored[directory] / 1e6)
+            # Under a name that is no bundle's first, so that a killed process leaves nothing that looks like one.
+            going = directory.rename(root / f".going-{directory.name}")
         shutil.rmtree(going, ignore_errors=True)
         del stored[directory]
     if sum(stored.values()) + num_bytes > max_bytes:
@@ -92,18 +93,22 @@ def size_of(directory: Path) -> int:
     return sum(stat.st_size // stat.st_nlink for stat in found)
 
 
-def is_in_use(root: Path, directory: Path) -> bool:
-    """Say whether a process uses a bundle, or did a moment ago."""
+@contextmanager
+def unless_in_use(root: Path, directory: Path) -> Iterator[bool]:
+    """Yield whether no process uses a bundle, or did a moment ago; if so, none begins to before the block ends."""
     newest = max(path.stat().st_mtime for path in [directory, *directory.rglob("*")])
     if abs(time.time() - newest) < moment_seconds:
-        return True
+        yield False
+        return
     digest = kept_here.fullmatch(directory.name)
     path = root / f".in-use-{digest[1] if digest else ''}"
     if sys.platform == "win32" or not path.exists():
-        return False
+        yield True
+        return
     with path.open("ab") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            return True
-    return False
+            yield False
+        else:
+            yield True

@@ -240,6 +240,19 @@ class PrivacyLedger:
             self._append(release, entries, anchor, delta=delta)
         return Receipt(describe_epsilon(epsilon, delta=delta))
 
+    @contextmanager
+    def round_turn(self, release: Release) -> Iterator[None]:
+        """Let one process at a time pay for a client's rounds of a run, train, and keep the reply.
+
+        A server that asks again while the first process trains would have the round paid twice: whoever comes second
+        waits here, and then finds the reply.
+        """
+        name = hashlib.sha256(json.dumps([release.run, release.client]).encode()).hexdigest()[:32]
+        with explain_disk_errors(self.directory):
+            _create_directory(self.directory)
+        with file_lock(self.directory / "turns" / name):
+            yield
+
     def save_reply(self, data: bytes, *, run: str, server_round: int, client: str) -> None:
         """Keep what is about to leave for a paid round, so that asking again costs nothing; the last three rounds stay.
 

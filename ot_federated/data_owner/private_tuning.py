@@ -169,28 +169,29 @@ def tune_privately(
     )
     check_once(str(directory), device, tuning, settings.engine, settings.max_grad_norm, settings.clipping)
     ledger = PrivacyLedger.open(ledger_root(), dataset_id=dataset or identify_dataset(rows))
-    receipt = ledger.spend(release, budget_epsilon=policy.max_epsilon, delta=policy.delta)
-    if receipt.reply is not None:
-        return load(receipt.reply), receipt.guarantee
-    tunable = load_private_model(str(directory), device, tuning, engine=settings.engine)
-    result = train_privately(
-        tunable.model,
-        tunable.parameters,
-        examples,
-        start=adapter,
-        num_steps=num_steps,
-        sample_rate=sample_rate,
-        noise_multiplier=sigma,
-        max_grad_norm=settings.max_grad_norm,
-        clipping=settings.clipping,
-        engine=settings.engine,
-        micro_batch_size=settings.micro_batch_size,
-        optimizer=optimizer,
-        first_step=(server_round - 1) * num_steps,
-        total_steps=num_rounds * num_steps,
-        random=SecureRandom(),
-        on_step=on_step,
-    )
-    arrays = encode(result)
-    ledger.save_reply(save(arrays), run=run, server_round=server_round, client=client)
-    return arrays, receipt.guarantee
+    with ledger.round_turn(release):
+        receipt = ledger.spend(release, budget_epsilon=policy.max_epsilon, delta=policy.delta)
+        if receipt.reply is not None:
+            return load(receipt.reply), receipt.guarantee
+        tunable = load_private_model(str(directory), device, tuning, engine=settings.engine)
+        result = train_privately(
+            tunable.model,
+            tunable.parameters,
+            examples,
+            start=adapter,
+            num_steps=num_steps,
+            sample_rate=sample_rate,
+            noise_multiplier=sigma,
+            max_grad_norm=settings.max_grad_norm,
+            clipping=settings.clipping,
+            engine=settings.engine,
+            micro_batch_size=settings.micro_batch_size,
+            optimizer=optimizer,
+            first_step=(server_round - 1) * num_steps,
+            total_steps=num_rounds * num_steps,
+            random=SecureRandom(),
+            on_step=on_step,
+        )
+        arrays = encode(result)
+        ledger.save_reply(save(arrays), run=run, server_round=server_round, client=client)
+        return arrays, receipt.guarantee

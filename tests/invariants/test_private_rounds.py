@@ -8,7 +8,10 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from ot_federated.data_owner.privacy_ledger import BudgetError, PrivacyLedger, l
 from ot_federated.secure_random import SecureRandom
 from ot_federated.tasks.base import Example
 from ot_federated.tasks.language_model import example_losses
-from ot_federated.training import MasterWeights, OptimizerSettings
+from ot_federated.training import MasterWeights, OptimizerSettings, StepReport
 from ot_federated.tuning import Tuning
 from tests.private_rounds import PrivateClient, delta, generous, write_tiny_bundle
 
@@ -152,6 +155,26 @@ def test_epsilon_of_a_receipt_is_of_all_rounds_and_runs(client: PrivateClient) -
     with pytest.raises(BudgetError, match="Nothing was trained or spent"):
         tight.train(1, run="run-c")
     assert len(open_ledger().entries) == 4
+
+
+def test_a_round_asked_again_while_it_trains_is_paid_once(client: PrivateClient) -> None:
+    """Catches a second payment, and a second update of one round, when a server asks again too soon."""
+    begun, may_go_on = threading.Event(), threading.Event()
+
+    def wait(_report: StepReport) -> None:
+        begun.set()
+        assert may_go_on.wait(60)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(client.train, 1, on_step=wait)
+        assert begun.wait(60)
+        again = pool.submit(client.train, 1)
+        assert not wait_for([again], timeout=1).done
+        may_go_on.set()
+        (sent, epsilon), (sent_again, epsilon_again) = first.result(60), again.result(60)
+    assert np.array_equal(flatten(sent), flatten(sent_again))
+    assert epsilon == epsilon_again
+    assert len(open_ledger().entries) == 1
 
 
 @pytest.mark.usefixtures("no_gradients")

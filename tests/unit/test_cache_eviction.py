@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,38 @@ def test_a_bundle_in_use_stays(cache: BundleCache, bundles: list[tuple[Path, Man
     os.utime(oldest, (900.0, 900.0))
     fill(cache, *bundles[1], used=3000.0)
     assert not oldest.exists()
+
+
+def test_nobody_begins_to_use_a_bundle_that_is_going(
+    cache: BundleCache, bundles: list[tuple[Path, Manifest]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that asks for a bundle in the moment in which it goes finds it whole, or not at all."""
+    oldest = fill(cache, *bundles[0], used=1000.0)
+    fill(cache, *bundles[1], used=1001.0)
+    fill(cache, *bundles[2], used=1002.0)
+    with cache.use(oldest.name) as directory:
+        assert directory is not None
+    os.utime(oldest, (1000.0, 1000.0))
+    found: list[Path | None] = []
+
+    def use() -> None:
+        with cache.use(oldest.name) as directory:
+            found.append(directory)
+
+    trainer = threading.Thread(target=use)
+    rename = Path.rename
+
+    def rename_late(path: Path, target: Path) -> Path:
+        if path == oldest:
+            trainer.start()
+            trainer.join(0.3)
+            assert not found
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_late)
+    fill(cache, *bundles[3], used=2000.0)
+    trainer.join(10)
+    assert found == [None]
 
 
 def test_when_all_are_in_use_it_is_said_and_nothing_goes(
