@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -232,8 +232,10 @@ def remove_partials(directory: Path) -> None:
 
 
 @contextmanager
-def file_lock(path: Path) -> Iterator[bool]:
+def file_lock(path: Path, *, on_wait: Callable[[], None] | None = None) -> Iterator[bool]:
     """Lock the file ``path`` (created where missing), waiting for whoever holds it; yield whether it worked.
+
+    ``on_wait`` is called before a wait begins, so that a person who sees nothing happen can be told why.
 
     The system releases the lock of a process that dies. Where there are no such locks (Windows, some network
     disks) this yields False at once: two processes then do the same work and :func:`atomic_directory` keeps
@@ -246,7 +248,12 @@ def file_lock(path: Path) -> Iterator[bool]:
         locked = False
         if sys.platform != "win32":
             with suppress(OSError):
-                fcntl.flock(stream, fcntl.LOCK_EX)
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if on_wait:
+                        on_wait()
+                    fcntl.flock(stream, fcntl.LOCK_EX)
                 locked = True
         yield locked
 

@@ -85,7 +85,8 @@ def prepare_bundle(
     check_split(num_blocks=len(blocks), bottom=bottom, emulator=emulator, top=top)
     directory = cache_root() / "bundles" / recipe_digest(recipe)
     # Two runs that start together would build it twice, on the same checkpoints.
-    with file_lock(cache_root() / "locks" / f"bundle-{directory.name}"):
+    lock = cache_root() / "locks" / f"bundle-{directory.name}"
+    with file_lock(lock, on_wait=lambda: say("Another run is making the same bundle: waiting for it")):
         if prepared := _read_prepared(directory, model, say=say):
             return directory, prepared
         windows, public = None, None

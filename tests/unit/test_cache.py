@@ -5,6 +5,8 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,22 @@ def test_file_lock_keeps_another_process_out(tmp_path: Path) -> None:
         assert locked
         assert state() == "held"
     assert state() == "free"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no flock")
+def test_who_must_wait_for_a_lock_is_told_before(tmp_path: Path) -> None:
+    told = threading.Event()
+    with ThreadPoolExecutor(1) as pool, cache.file_lock(tmp_path / "lock", on_wait=told.set):
+        assert not told.is_set()  # nobody else had it
+
+        def wait() -> bool:
+            with cache.file_lock(tmp_path / "lock", on_wait=told.set) as locked:
+                return locked
+
+        waiting = pool.submit(wait)
+        assert told.wait(10)
+        assert not waiting.done()
+    assert waiting.result(10)
 
 
 def test_file_sha256_of_more_than_one_chunk(tmp_path: Path) -> None:
