@@ -143,7 +143,7 @@ def build_realignment(owner: Owner, *, last_round: int) -> Realignment:
         parts = Parts(model, owner.processor, owner.task, owner.device, owner.dtype)
         num_tokens = config.offsite.calibration_tokens
         windows = prepare_windows(model, owner.processor, read_public(config, parts), num_tokens=num_tokens)
-        bridges = refit_bridges(model, owner.manifest, windows, ridge=config.offsite.bridge_ridge)
+        bridges = refit_bridges(model, owner.bundle, owner.manifest, windows, ridge=config.offsite.bridge_ridge)
         if config.offsite.realign_steps:
             bridges = distil_bridges(
                 model,

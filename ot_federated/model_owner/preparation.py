@@ -23,6 +23,7 @@ from ot_federated.model_owner.compression.gaps import bridged_ways, build_bridge
 from ot_federated.model_owner.compression.shrinking import shrink_blocks
 from ot_federated.model_owner.plug_in import full_model_names
 from ot_federated.model_owner.splitting import plan_stack, split_tensors, write_bundle
+from ot_federated.packed_tensors import pack, unpack
 from ot_federated.tasks.losses import num_public_tokens
 
 if TYPE_CHECKING:
@@ -114,12 +115,13 @@ def prepare_bundle(
             shared=gaps == "share",
         )
         tensors = split_tensors(model, stack, bridges={})["emulator"]
+        stack, tensors = shrink_blocks(model, stack, tensors, shrink=shrink, keep=shrink_keep)
         if windows is not None and any(entry.role == "bridge" for entry in stack):
             say(f"Fitting bridges on {len(windows)} windows of public text, or images")
             width = bridge_width if gaps == "trained-bridge" else 0
-            stack, bridges = build_bridges(model, windows, stack, ridge=ridge, rank=bridge_rank, width=width)
+            received = unpack(*pack(tensors, transport=transport), dtype=next(model.parameters()).dtype)
+            stack, bridges = build_bridges(model, windows, stack, received, ridge=ridge, rank=bridge_rank, width=width)
             tensors |= bridges
-        stack, tensors = shrink_blocks(model, stack, tensors, shrink=shrink, keep=shrink_keep)
         if distillation and public is not None:
             learnt, held_out = hold_out(public)
             tensors = distil(

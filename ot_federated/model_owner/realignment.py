@@ -30,8 +30,9 @@ from ot_federated.cache import atomic_directory, link_or_copy
 from ot_federated.emulated_model import read_bundle_tensors
 from ot_federated.errors import BundleError, CheckpointError
 from ot_federated.logs import logger
-from ot_federated.model_owner.compression.calibration import fit_bridges
+from ot_federated.model_owner.compression.bridge_fitting import fit_bridges
 from ot_federated.model_owner.compression.distillation import Distillation, distil
+from ot_federated.model_owner.compression.gaps import find_kept_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,18 +43,20 @@ Refit = Callable[["PreTrainedModel"], dict[str, torch.Tensor]]
 
 
 def refit_bridges(
-    model: PreTrainedModel, manifest: Manifest, windows: torch.Tensor, *, ridge: float
+    model: PreTrainedModel, bundle: Path, manifest: Manifest, windows: torch.Tensor, *, ridge: float
 ) -> dict[str, torch.Tensor]:
     """Return the bridges of a bundle, by role name, fitted to a full model with a tuned adapter in it.
 
     Args:
         model: The full model, tuned.
-        manifest: The bundle's manifest.
+        bundle: The bundle's directory, with the blocks between the bridges.
+        manifest: Its manifest.
         windows: Token windows of public text ``(num_windows, window)``.
         ridge: Penalty of the bridges, relative.
     """
     entries = [entry for entry in manifest.stack if entry.role == "bridge"]
-    fitted = fit_bridges(model, windows, [(e.first_block, e.last_block) for e in entries], ridge=ridge)
+    kept = find_kept_blocks(model, manifest.stack, _read_kept_tensors(bundle, manifest))
+    fitted = fit_bridges(model, windows, [(e.first_block, e.last_block) for e in entries], ridge=ridge, kept=kept)
     return {
         entry.prefix + name: tensor.contiguous().cpu()
         for number, entry in enumerate(entries)
@@ -82,11 +85,7 @@ def distil_bridges(
         settings: How; only bridges train.
         checkpoints: A directory of this very distillation's own.
     """
-    kept = {
-        name: tensor
-        for name, tensor in read_bundle_tensors(bundle, manifest).items()
-        if name.startswith("emulator.") and name not in bridges
-    }
+    kept = _read_kept_tensors(bundle, manifest)
     tensors = {name: tensor.to(model.device) for name, tensor in (kept | dict(bridges)).items()}
     distilled = distil(
         model,
@@ -99,6 +98,11 @@ def distil_bridges(
         say=logger.info,
     )
     return {name: distilled[name].contiguous().cpu() for name in bridges}
+
+
+def _read_kept_tensors(bundle: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
+    tensors = read_bundle_tensors(bundle, manifest)
+    return {name: tensor for name, tensor in tensors.items() if name.startswith("emulator.")}
 
 
 class Realignment:

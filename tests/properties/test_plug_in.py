@@ -18,7 +18,7 @@ from ot_federated.architectures import find_architecture, get_blocks
 from ot_federated.bundle import Manifest, adapter_prefixes, read_tensors, verify_files
 from ot_federated.emulated_model import adapter_parameters, load_adapter, load_emulated_model
 from ot_federated.errors import BundleError, ConfigError, PlugInError
-from ot_federated.model_owner.compression.calibration import fit_bridges
+from ot_federated.model_owner.compression.bridge_fitting import fit_bridges
 from ot_federated.model_owner.compression.keeping import keep_uniform
 from ot_federated.model_owner.full_model import load_full_model
 from ot_federated.model_owner.plug_in import full_model_names, plug_in, plugged_in

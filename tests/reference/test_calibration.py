@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from ot_federated.architectures import find_architecture, get_blocks
 from ot_federated.errors import DataError
-from ot_federated.model_owner.compression.calibration import block_influence, fit_bridges, tokenise_public_text
+from ot_federated.model_owner.compression.bridge_fitting import fit_bridges
+from ot_federated.model_owner.compression.calibration import block_influence, tokenise_public_text
 from tests.families import build_family_model, byte_tokenizer
 
 # 7 windows: the last batch of two is not full.
@@ -25,46 +27,96 @@ def hidden_states(model: Any) -> list[np.ndarray]:
     return [states.double().numpy() for states in output.hidden_states]
 
 
-def solve_ridge(x: np.ndarray, y: np.ndarray, *, ridge: float) -> tuple[np.ndarray, np.ndarray]:
-    """Fit y ~ W x + b by least squares with the penalty as additional rows, which numpy solves by SVD."""
-    centred_x, centred_y = x - x.mean(0), y - y.mean(0)
+def solve_ridge(x: np.ndarray, after: np.ndarray, *, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+    """Fit after - x ~ W x + b by weighted least squares, the penalty as additional rows, which numpy solves by SVD."""
+    weight = 1 / np.mean(after**2, axis=1)
+    y = after - x
+    mean_x, mean_y = (np.average(part, axis=0, weights=weight) for part in (x, y))
+    root = np.sqrt(weight)[:, None]
+    centred_x, centred_y = root * (x - mean_x), root * (y - mean_y)
     penalty = ridge * np.mean(np.sum(centred_x**2, axis=0))
     rows_x = np.vstack([centred_x, np.sqrt(penalty) * np.eye(x.shape[1])])
     rows_y = np.vstack([centred_y, np.zeros((x.shape[1], y.shape[1]))])
-    weight = np.linalg.lstsq(rows_x, rows_y, rcond=None)[0].T
-    return weight, y.mean(0) - weight @ x.mean(0)
+    matrix = np.linalg.lstsq(rows_x, rows_y, rcond=None)[0].T
+    return matrix, mean_y - matrix @ mean_x
+
+
+def hidden_states_behind(
+    model: Any, gap: tuple[int, int], bridge: tuple[torch.Tensor, torch.Tensor]
+) -> list[np.ndarray]:
+    """Return each block's input where a bridge stands for the blocks of a gap."""
+    first, last = gap
+    blocks = get_blocks(model, find_architecture(model.config))
+    inputs: list[torch.Tensor] = []
+
+    def note(_: Any, args: Any, kwargs: Any) -> None:
+        inputs.append(args[0] if args else kwargs["hidden_states"])
+
+    def replace(_: Any, _args: Any, output: Any) -> Any:
+        bridged = inputs[0] + inputs[0] @ bridge[0].T + bridge[1]
+        return (bridged, *output[1:]) if isinstance(output, tuple) else bridged
+
+    handles = [
+        blocks[first].register_forward_pre_hook(note, with_kwargs=True),
+        blocks[last].register_forward_hook(replace),
+    ]
+    try:
+        return hidden_states(model)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @pytest.mark.parametrize("ridge", [0.01, 1.0])
 @pytest.mark.parametrize("family", families)
 def test_bridges_are_the_ridge_regression(family: str, ridge: float) -> None:
+    """The second bridge is fitted to what the first one leaves it, and to the full model's states behind it."""
     model = build_family_model(family)
-    states = hidden_states(model)
     gaps = [(1, 1), (3, 5)]
     bridges = fit_bridges(model, windows, gaps, ridge=ridge)
     assert bridges.keys() == {0, 1}
+    full = hidden_states(model)
+    emulated = [full, hidden_states_behind(model, gaps[0], bridges[0])]
     for number, (first, last) in enumerate(gaps):
-        x, after = (states[index].reshape(-1, states[0].shape[-1]) for index in (first, last + 1))
-        weight, bias = solve_ridge(x, after - x, ridge=ridge)
+        x, after = (states.reshape(-1, full[0].shape[-1]) for states in (emulated[number][first], full[last + 1]))
         # Products are summed in fp32 over 96 tokens, then in fp64; 1e-3 of the largest entry is their error
         # times the condition number, which the ridge keeps below about 1000.
-        for found, expected in zip(bridges[number], (weight, bias), strict=True):
+        for found, expected in zip(bridges[number], solve_ridge(x, after, ridge=ridge), strict=True):
             np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-3 * np.abs(expected).max())
 
 
-def test_without_a_penalty_it_is_ordinary_least_squares() -> None:
+def test_without_a_penalty_it_is_weighted_least_squares() -> None:
     model = build_family_model("llama")
     states = hidden_states(model)
     x, after = (states[index].reshape(-1, 32) for index in (2, 4))
     (found,) = fit_bridges(model, windows, [(2, 3)], ridge=0.0).values()
+    root = 1 / np.sqrt(np.mean(after**2, axis=1))[:, None]
     design = np.hstack([x, np.ones((len(x), 1))])
-    solution = np.linalg.lstsq(design, after - x, rcond=None)[0]
+    solution = np.linalg.lstsq(root * design, root * (after - x), rcond=None)[0]
     # A penalty of 1e-6 always remains, so the fit is compared and not the weights.
     predicted = x @ found[0].double().numpy().T + found[1].double().numpy()
-    residual, least = predicted - (after - x), design @ solution - (after - x)
+    residual, least = root * (predicted - (after - x)), root * (design @ solution - (after - x))
     assert np.mean(least**2) <= np.mean(residual**2) * (1 + 1e-9)
     assert np.mean(residual**2) == pytest.approx(np.mean(least**2), rel=1e-4)
-    assert np.mean(residual**2) < 0.9 * np.var(after - x)
+    assert np.mean(residual**2) < 0.9 * np.var(root * (after - x))
+
+
+def test_a_token_of_enormous_states_does_not_decide_the_fit() -> None:
+    """Some models' first token has states a thousand times larger than others: unweighted, it is all that is fitted."""
+    model = build_family_model("llama")
+    (plain,) = fit_bridges(model, windows, [(2, 3)], ridge=0.01).values()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[4] *= 1000.0
+    with_giant = windows.clone()
+    with_giant[:, 0] = 4
+    (found,) = fit_bridges(model, with_giant, [(2, 3)], ridge=0.01).values()
+    x, after = (states[:, 1:].reshape(-1, 32) for states in (hidden_states(model)[2], hidden_states(model)[4]))
+
+    def error(bridge: tuple[torch.Tensor, torch.Tensor]) -> float:
+        residual = x + x @ bridge[0].double().numpy().T + bridge[1].double().numpy() - after
+        return float(np.mean(residual**2) / np.mean((after - x) ** 2))
+
+    assert error(found) < 1.5 * error(plain)
 
 
 def test_a_bridge_over_a_linear_stretch_is_exact() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ot_federated.emulated_model import load_emulated_model
-from ot_federated.model_owner.compression.calibration import fit_bridges
+from ot_federated.model_owner.compression.bridge_fitting import fit_bridges
 from ot_federated.model_owner.splitting import plan_stack, write_bundle
 from ot_federated.tasks.base import Example
 from ot_federated.tasks.language_model import example_losses, pad

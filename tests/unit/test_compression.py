@@ -12,7 +12,7 @@ from ot_federated.architectures import find_architecture, get_blocks
 from ot_federated.bundle import Manifest, read_manifest, read_tensors
 from ot_federated.emulated_model import adapter_parameters, load_emulated_model
 from ot_federated.errors import ConfigError, DataError
-from ot_federated.model_owner.compression.calibration import fit_bridges, fit_low_rank_bridges
+from ot_federated.model_owner.compression.bridge_fitting import fit_bridges, fit_low_rank_bridges
 from ot_federated.model_owner.plug_in import plug_in
 from ot_federated.model_owner.preparation import prepare_bundle
 from ot_federated.model_owner.release_audit import describe_exposure
@@ -123,10 +123,12 @@ def test_low_rank_bridges_are_the_best_of_their_rank() -> None:
     with torch.no_grad():
         states = model(input_ids=windows, output_hidden_states=True, use_cache=False).hidden_states
     x, y = states[2].flatten(0, 1), (states[5] - states[2]).flatten(0, 1)
+    token_weight = 1 / states[5].flatten(0, 1).square().mean(1)
+    mean_x, mean_y = ((token_weight / token_weight.sum()) @ part for part in (x, y))
 
     def error(weight: torch.Tensor) -> float:
-        residual = y - y.mean(0) - (x - x.mean(0)) @ weight.T
-        return float(residual.square().sum())
+        residual = y - mean_y - (x - mean_x) @ weight.T
+        return float((token_weight * residual.square().sum(1)).sum())
 
     generator = torch.Generator().manual_seed(1)
     (exact,) = fit_bridges(model, windows, [(2, 4)], ridge=1e-6).values()

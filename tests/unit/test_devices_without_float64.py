@@ -13,7 +13,7 @@ from ot_federated.attacks.similarity import linear_cka
 from ot_federated.attacks.token_recovery import row_span
 from ot_federated.data_owner.differential_privacy import add_noise
 from ot_federated.model_owner import head_start
-from ot_federated.model_owner.compression import calibration, cka_clusters
+from ot_federated.model_owner.compression import bridge_fitting, calibration, cka_clusters
 from ot_federated.secure_random import SecureRandom
 from tests.families import build_family_model
 
@@ -97,6 +97,10 @@ def states_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(calibration, "block_states", states)
     monkeypatch.setattr(cka_clusters, "block_states", states)
+    moments = bridge_fitting._sum_moments
+    monkeypatch.setattr(
+        bridge_fitting, "_sum_moments", lambda before, after: moments(on_the_device(before), on_the_device(after))
+    )
 
 
 windows = torch.arange(64).view(4, 16) + 4
@@ -107,15 +111,15 @@ def test_calibration_sums_and_solves_on_the_cpu(monkeypatch: pytest.MonkeyPatch)
     model = build_family_model("llama")
     found = [
         calibration.block_influence(model, windows),
-        calibration.fit_bridges(model, windows, [(2, 4)], ridge=1e-3),
-        calibration.fit_low_rank_bridges(model, windows, [(2, 4)], ridge=1e-3, rank=2),
+        bridge_fitting.fit_bridges(model, windows, [(2, 4)], ridge=1e-3),
+        bridge_fitting.fit_low_rank_bridges(model, windows, [(2, 4)], ridge=1e-3, rank=2),
         cka_clusters.block_similarity(model, windows, first=1, last=5),
     ]
     monkeypatch.undo()
     expected = [
         calibration.block_influence(model, windows),
-        calibration.fit_bridges(model, windows, [(2, 4)], ridge=1e-3),
-        calibration.fit_low_rank_bridges(model, windows, [(2, 4)], ridge=1e-3, rank=2),
+        bridge_fitting.fit_bridges(model, windows, [(2, 4)], ridge=1e-3),
+        bridge_fitting.fit_low_rank_bridges(model, windows, [(2, 4)], ridge=1e-3, rank=2),
         cka_clusters.block_similarity(model, windows, first=1, last=5),
     ]
     torch.testing.assert_close(found, expected, rtol=0, atol=0)

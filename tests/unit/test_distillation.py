@@ -29,7 +29,7 @@ def start(model: Any, *, kept: list[int], bridged: bool) -> tuple[tuple[StackEnt
     stack = plan_stack(num_blocks=num_blocks, bottom=2, top=2, kept=kept, bridged=bridged)
     tensors = split_tensors(model, stack, bridges={})["emulator"]
     if bridged:
-        stack, bridges = build_bridges(model, windows, stack, ridge=0.01, rank=0, width=8)
+        stack, bridges = build_bridges(model, windows, stack, tensors, ridge=0.01, rank=0, width=8)
         tensors |= bridges
     return stack, tensors
 
@@ -130,7 +130,8 @@ def test_a_distillation_that_harms_the_plug_in_is_not_used(tmp_path: Path) -> No
     model = build_family_model("llama")
     _, tensors = start(model, kept=[3], bridged=True)
     said: list[str] = []
-    result = run(model, tmp_path / "c", said=said, learning_rate=10.0, validation_steps=2)
+    # So large a step that it diverges: whether a lesser one harms is a matter of chance in a random model.
+    result = run(model, tmp_path / "c", said=said, learning_rate=1e30, validation_steps=2)
     assert all(torch.equal(result[name], tensors[name]) for name in tensors)
     assert [line.split(":")[0] for line in said] == [f"Distilled {step} of 12 steps" for step in (0, 4, 8, 12)]
 

@@ -12,7 +12,8 @@ from ot_federated.bundle import Manifest, read_tensors
 from ot_federated.data_owner.privacy_self_check import check_per_example_gradients
 from ot_federated.emulated_model import adapter_parameters, load_emulated_model
 from ot_federated.errors import ConfigError, SourceError
-from ot_federated.model_owner.compression.calibration import block_influence, fit_bridges
+from ot_federated.model_owner.compression.bridge_fitting import fit_bridges
+from ot_federated.model_owner.compression.calibration import block_influence
 from ot_federated.model_owner.delivery import deliver_model
 from ot_federated.model_owner.full_model import load_full_model
 from ot_federated.model_owner.head_start import has_untrained_head

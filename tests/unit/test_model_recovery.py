@@ -14,7 +14,7 @@ from ot_federated.attacks.model_recovery import blocks_revealed, rebuild, recove
 from ot_federated.attacks.similarity import linear_cka
 from ot_federated.bundle import Manifest, read_manifest
 from ot_federated.errors import ConfigError
-from ot_federated.model_owner.compression.calibration import fit_bridges
+from ot_federated.model_owner.compression.bridge_fitting import fit_bridges
 from ot_federated.model_owner.release_audit import (
     Yardstick,
     add_recovery,

@@ -2,14 +2,13 @@
 
 Public inputs are token windows ``(num_windows, window)``, or images ``(num_images, channels, height, width)``.
 
-Both passes stream: memory does not grow with the number of tokens.
+The passes stream: memory does not grow with the number of tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,92 +91,3 @@ def block_influence(model: PreTrainedModel, windows: torch.Tensor) -> list[float
             cosine = functional.cosine_similarity(before.float(), after.float(), dim=-1)
             sums[index] = sums.get(index, 0.0) + float((1.0 - cosine).cpu().double().sum())
     return [sums[index] / num_tokens for index in sorted(sums)]
-
-
-@dataclass
-class _Moments:
-    """Sums over tokens from which a ridge regression with intercept follows, in fp64 on the CPU."""
-
-    num_tokens: int
-    sum_x: torch.Tensor
-    sum_y: torch.Tensor
-    xx: torch.Tensor
-    xy: torch.Tensor
-
-
-def fit_bridges(
-    model: PreTrainedModel, windows: torch.Tensor, gaps: Sequence[tuple[int, int]], *, ridge: float
-) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Fit a linear bridge over each run of dropped blocks, in closed form.
-
-    Over blocks i..j the regression is ``h_out(j) - h_in(i) ~ W h_in(i) + b`` with the penalty
-    ``ridge * mean(diag(X'X)) * |W|^2`` on centred inputs; the intercept is free.
-
-    Args:
-        model: The full model.
-        windows: Token windows of public text, or public images.
-        gaps: First and last block of each run.
-        ridge: Penalty, relative to the mean diagonal of X'X.
-
-    Returns:
-        Weight ``(hidden, hidden)`` and bias ``(hidden,)`` by the gap's number, in the model's type.
-    """
-    dtype = next(model.parameters()).dtype
-    solved = {}
-    for number, moments in _sum_moments(model, windows, gaps).items():
-        weight, bias, _ = _solve(moments, ridge=ridge)
-        solved[number] = weight.to(dtype).to(model.device), bias.to(dtype).to(model.device)
-    return solved
-
-
-def fit_low_rank_bridges(
-    model: PreTrainedModel, windows: torch.Tensor, gaps: Sequence[tuple[int, int]], *, ridge: float, rank: int
-) -> dict[int, dict[str, torch.Tensor]]:
-    """Fit bridges whose matrix has a given rank, in closed form (reduced-rank regression).
-
-    Alan Izenman, "Reduced-rank regression for the multivariate linear model", Journal of Multivariate Analysis 1975:
-    of all matrices of that rank the ridge solution, projected on the principal directions of what it predicts, has
-    the least penalised error.
-
-    Returns:
-        ``up`` ``(hidden, rank)``, ``down`` ``(rank, hidden)`` and ``bias`` ``(hidden,)`` by the gap's number.
-    """
-    dtype = next(model.parameters()).dtype
-    solved = {}
-    for number, moments in _sum_moments(model, windows, gaps).items():
-        weight, _, penalised = _solve(moments, ridge=ridge)
-        up = torch.linalg.eigh(weight @ penalised @ weight.T).eigenvectors[:, -rank:]
-        down = up.T @ weight
-        bias = (moments.sum_y - up @ (down @ moments.sum_x)) / moments.num_tokens
-        parts = {"up": up, "down": down, "bias": bias}
-        solved[number] = {name: tensor.to(dtype).to(model.device) for name, tensor in parts.items()}
-    return solved
-
-
-def _sum_moments(model: PreTrainedModel, windows: torch.Tensor, gaps: Sequence[tuple[int, int]]) -> dict[int, _Moments]:
-    moments: dict[int, _Moments] = {}
-    for states in block_states(model, windows):
-        for number, (first, last) in enumerate(gaps):
-            x = states[first][0].flatten(0, 1).float()
-            y = states[last][1].flatten(0, 1).float() - x
-            new = _Moments(len(x), *(part.cpu().double() for part in (x.sum(0), y.sum(0), x.T @ x, x.T @ y)))
-            old = moments.get(number)
-            if old is None:
-                moments[number] = new
-                continue
-            old.num_tokens += new.num_tokens
-            for name in ("sum_x", "sum_y", "xx", "xy"):
-                getattr(old, name).add_(getattr(new, name))
-    return moments
-
-
-def _solve(moments: _Moments, *, ridge: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return weight, bias, and X'X with the penalty, in fp64 on the CPU."""
-    mean_x, mean_y = moments.sum_x / moments.num_tokens, moments.sum_y / moments.num_tokens
-    xx = moments.xx - moments.num_tokens * torch.outer(mean_x, mean_x)
-    xy = moments.xy - moments.num_tokens * torch.outer(mean_x, mean_y)
-    # A little is always added, so that fewer tokens than dimensions still have one solution.
-    penalty = max(ridge, 1e-6) * xx.diagonal().mean()
-    penalised = xx + penalty * torch.eye(len(xx), dtype=xx.dtype)
-    weight = torch.linalg.solve(penalised, xy).T
-    return weight, mean_y - weight @ mean_x, penalised

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from ot_federated.architectures import block_config, find_architecture
+from ot_federated.architectures import block_config, find_architecture, get_blocks
 from ot_federated.bundle import StackEntry
+from ot_federated.emulated_model import build_emulated_model
 from ot_federated.errors import ConfigError
-from ot_federated.model_owner.compression.calibration import fit_bridges, fit_low_rank_bridges
+from ot_federated.model_owner.compression.bridge_fitting import fit_bridges, fit_low_rank_bridges
+from ot_federated.model_owner.splitting import draft_manifest, split_tensors
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 ways = ("empty", "share", "bridge", "trained-bridge")
@@ -32,6 +35,7 @@ def build_bridges(
     model: PreTrainedModel,
     windows: torch.Tensor,
     stack: Sequence[StackEntry],
+    emulator: Mapping[str, torch.Tensor],
     *,
     ridge: float,
     rank: int,
@@ -43,6 +47,8 @@ def build_bridges(
         model: The full model.
         windows: Token windows of public text, ``(num_windows, window)``.
         stack: The layout, with an entry for each bridge.
+        emulator: The kept blocks' tensors by role name, as clients will have them: bridges mend what shrinking and
+            quantising did.
         ridge: Penalty, relative to the mean diagonal of X'X.
         rank: Rank of the linear map; 0 for a whole matrix.
         width: Neurons of the bottleneck; 0 for none. It starts at zero, so that at first the bridge is the linear one.
@@ -59,11 +65,12 @@ def build_bridges(
     bridges = [entry for entry in stack if entry.role == "bridge"]
     runs = [(entry.first_block, entry.last_block) for entry in bridges]
     tensors: dict[str, torch.Tensor] = {}
+    kept = find_kept_blocks(model, stack, emulator)
     if rank:
-        for number, parts in fit_low_rank_bridges(model, windows, runs, ridge=ridge, rank=rank).items():
+        for number, parts in fit_low_rank_bridges(model, windows, runs, ridge=ridge, rank=rank, kept=kept).items():
             tensors.update({bridges[number].prefix + name: tensor for name, tensor in parts.items()})
     else:
-        for number, (weight, bias) in fit_bridges(model, windows, runs, ridge=ridge).items():
+        for number, (weight, bias) in fit_bridges(model, windows, runs, ridge=ridge, kept=kept).items():
             tensors.update({bridges[number].prefix + "weight": weight, bridges[number].prefix + "bias": bias})
     dtype = next(model.parameters()).dtype
     for entry in bridges if width else ():
@@ -72,6 +79,18 @@ def build_bridges(
         tensors[entry.prefix + "leave"] = torch.zeros(hidden, width, device=model.device, dtype=dtype)
     sized = tuple(replace(entry, rank=rank, width=width) if entry.role == "bridge" else entry for entry in stack)
     return sized, tensors
+
+
+def find_kept_blocks(
+    model: PreTrainedModel, stack: Sequence[StackEntry], emulator: Mapping[str, torch.Tensor]
+) -> dict[int, nn.Module]:
+    """Return the emulator's kept blocks by their numbers in the full model, with the tensors that clients have."""
+    without = [entry for entry in stack if entry.role != "bridge"]
+    parts = split_tensors(model, without, bridges={})
+    tensors = {**parts["adapter"], **parts["frozen"], **emulator}
+    emulated = build_emulated_model(draft_manifest(model, without, compression=""), tensors)
+    blocks = get_blocks(emulated.to(model.device), find_architecture(emulated.config))  # type: ignore[arg-type]  # transformers annotates .to loosely
+    return {entry.first_block: blocks[place] for place, entry in enumerate(without) if entry.role == "emulator"}
 
 
 def _random_matrix(name: str, rows: int, columns: int) -> torch.Tensor:
