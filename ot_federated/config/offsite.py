@@ -62,6 +62,18 @@ class OffsiteConfig:
         "offsite.distillation-batch-size, -learning-rate and -weights say; 0: closed form alone.",
         minimum=0,
     )
+    calibration_window: int = setting(
+        512,
+        "Tokens that are read together in calibration; near the length of the task's examples the gradients that "
+        "clients get are closer to the full model's.",
+        minimum=8,
+    )
+    bridge_fit: str = setting(
+        "in-order",
+        "What a bridge is fitted to. in-order: the states that the emulator has before it, so that it also mends what "
+        "earlier bridges left. apart: the full model's own.",
+        choices=("in-order", "apart"),
+    )
     bridge_ridge: float = setting(
         0.01, "Ridge penalty of the bridges, as a fraction of the mean diagonal of X'X.", minimum=0
     )

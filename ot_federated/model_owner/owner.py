@@ -142,8 +142,18 @@ def build_realignment(owner: Owner, *, last_round: int) -> Realignment:
     def refit(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         parts = Parts(model, owner.processor, owner.task, owner.device, owner.dtype)
         num_tokens = config.offsite.calibration_tokens
-        windows = prepare_windows(model, owner.processor, read_public(config, parts), num_tokens=num_tokens)
-        bridges = refit_bridges(model, owner.bundle, owner.manifest, windows, ridge=config.offsite.bridge_ridge)
+        public, offsite = read_public(config, parts), config.offsite
+        windows = prepare_windows(
+            model, owner.processor, public, num_tokens=num_tokens, length=offsite.calibration_window
+        )
+        bridges = refit_bridges(
+            model,
+            owner.bundle,
+            owner.manifest,
+            windows,
+            ridge=offsite.bridge_ridge,
+            in_order=offsite.bridge_fit == "in-order",
+        )
         if config.offsite.realign_steps:
             bridges = distil_bridges(
                 model,
@@ -247,7 +257,9 @@ def make_bundle(config: RunConfig, parts: Parts) -> tuple[Path, Manifest]:
         gaps=offsite.gaps,
         read_public_text=lambda: read_public(config, parts),
         calibration_tokens=offsite.calibration_tokens,
+        calibration_window=offsite.calibration_window,
         ridge=offsite.bridge_ridge,
+        bridge_fit=offsite.bridge_fit,
         bridge_rank=offsite.bridge_rank,
         bridge_width=offsite.bridge_width,
         shrink=offsite.shrink,

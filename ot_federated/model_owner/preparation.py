@@ -16,7 +16,7 @@ from ot_federated.architectures import check_split, find_architecture, get_block
 from ot_federated.bundle import Manifest, read_manifest, read_tensors, verify_files
 from ot_federated.cache import cache_root, file_lock
 from ot_federated.errors import BundleError, DataError
-from ot_federated.model_owner.compression.calibration import tokenise_public_text
+from ot_federated.model_owner.compression.calibration import tokenise_public_text, window_length
 from ot_federated.model_owner.compression.choice import choose_blocks, text_free
 from ot_federated.model_owner.compression.distillation import Distillation, distil
 from ot_federated.model_owner.compression.gaps import bridged_ways, build_bridges
@@ -43,7 +43,9 @@ def prepare_bundle(
     gaps: str,
     read_public_text: Callable[[], Sequence[str] | torch.Tensor],
     calibration_tokens: int,
+    calibration_window: int = window_length,
     ridge: float,
+    bridge_fit: str = "in-order",
     bridge_rank: int = 0,
     bridge_width: int = 64,
     shrink: str = "none",
@@ -67,7 +69,9 @@ def prepare_bundle(
         read_public_text: Gives the public texts, or images ``(num_images, channels, height, width)``; called only when
             they are needed.
         calibration_tokens: Tokens of public text to use.
+        calibration_window: Tokens that are read together.
         ridge: Penalty of the bridges, relative.
+        bridge_fit: What a bridge is fitted to, ``in-order`` or ``apart``; see :func:`fit_bridges`.
         bridge_rank: Rank of the bridges; 0 for whole matrices.
         bridge_width: Neurons of a trained bridge's bottleneck.
         shrink: How kept blocks are made smaller, see :func:`shrink_blocks`.
@@ -92,10 +96,10 @@ def prepare_bundle(
             return directory, prepared
         windows, public = None, None
         if keep not in text_free or gaps in bridged_ways or distillation:
-            num_tokens = max(calibration_tokens, distillation_tokens if distillation else 0)
-            public = prepare_windows(model, tokenizer, read_public_text(), num_tokens=num_tokens)
-            per_window = num_public_tokens(model, public[:1])
-            windows = public[: max(1, calibration_tokens // per_window)]
+            texts = read_public_text()
+            windows = prepare_windows(model, tokenizer, texts, num_tokens=calibration_tokens, length=calibration_window)
+            if distillation:
+                public = prepare_windows(model, tokenizer, texts, num_tokens=distillation_tokens)
         kept = choose_blocks(
             model,
             windows,
@@ -120,7 +124,16 @@ def prepare_bundle(
             say(f"Fitting bridges on {len(windows)} windows of public text, or images")
             width = bridge_width if gaps == "trained-bridge" else 0
             received = unpack(*pack(tensors, transport=transport), dtype=next(model.parameters()).dtype)
-            stack, bridges = build_bridges(model, windows, stack, received, ridge=ridge, rank=bridge_rank, width=width)
+            stack, bridges = build_bridges(
+                model,
+                windows,
+                stack,
+                received,
+                ridge=ridge,
+                in_order=bridge_fit == "in-order",
+                rank=bridge_rank,
+                width=width,
+            )
             tensors |= bridges
         if distillation and public is not None:
             learnt, held_out = hold_out(public)
@@ -166,18 +179,23 @@ def _read_prepared(directory: Path, model: PreTrainedModel, *, say: Callable[[st
 
 
 def prepare_windows(
-    model: PreTrainedModel, processor: Processor, public: Sequence[str] | torch.Tensor, *, num_tokens: int
+    model: PreTrainedModel,
+    processor: Processor,
+    public: Sequence[str] | torch.Tensor,
+    *,
+    num_tokens: int,
+    length: int = window_length,
 ) -> torch.Tensor:
-    """Return public texts as token windows ``(num_windows, window)``; images are the model's inputs as they are.
+    """Return public texts as token windows ``(num_windows, length)``, or of images the first of about ``num_tokens``.
 
     Raises:
         DataError: If there is too little text, or it has tokens that are not in the model's vocabulary.
     """
     if isinstance(public, torch.Tensor):
-        return public
+        return public[: max(1, num_tokens // num_public_tokens(model, public[:1]))]
     tokenizer = cast("PreTrainedTokenizerBase", processor)
     positions = int(getattr(model.config, "max_position_embeddings", 0) or 10**9)
-    windows = tokenise_public_text(tokenizer, public, num_tokens=num_tokens, max_positions=positions)
+    windows = tokenise_public_text(tokenizer, public, num_tokens=num_tokens, max_positions=positions, length=length)
     embeddings: Any = model.get_input_embeddings()
     num_embeddings = int(embeddings.weight.shape[0])
     if int(windows.max()) >= num_embeddings:

@@ -43,7 +43,13 @@ Refit = Callable[["PreTrainedModel"], dict[str, torch.Tensor]]
 
 
 def refit_bridges(
-    model: PreTrainedModel, bundle: Path, manifest: Manifest, windows: torch.Tensor, *, ridge: float
+    model: PreTrainedModel,
+    bundle: Path,
+    manifest: Manifest,
+    windows: torch.Tensor,
+    *,
+    ridge: float,
+    in_order: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Return the bridges of a bundle, by role name, fitted to a full model with a tuned adapter in it.
 
@@ -53,10 +59,12 @@ def refit_bridges(
         manifest: Its manifest.
         windows: Token windows of public text ``(num_windows, window)``.
         ridge: Penalty of the bridges, relative.
+        in_order: Whether a bridge is fitted to what the emulator has before it; see :func:`fit_bridges`.
     """
     entries = [entry for entry in manifest.stack if entry.role == "bridge"]
     kept = find_kept_blocks(model, manifest.stack, _read_kept_tensors(bundle, manifest))
-    fitted = fit_bridges(model, windows, [(e.first_block, e.last_block) for e in entries], ridge=ridge, kept=kept)
+    runs = [(entry.first_block, entry.last_block) for entry in entries]
+    fitted = fit_bridges(model, windows, runs, ridge=ridge, in_order=in_order, kept=kept)
     return {
         entry.prefix + name: tensor.contiguous().cpu()
         for number, entry in enumerate(entries)

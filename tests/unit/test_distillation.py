@@ -29,7 +29,7 @@ def start(model: Any, *, kept: list[int], bridged: bool) -> tuple[tuple[StackEnt
     stack = plan_stack(num_blocks=num_blocks, bottom=2, top=2, kept=kept, bridged=bridged)
     tensors = split_tensors(model, stack, bridges={})["emulator"]
     if bridged:
-        stack, bridges = build_bridges(model, windows, stack, tensors, ridge=0.01, rank=0, width=8)
+        stack, bridges = build_bridges(model, windows, stack, tensors, ridge=0.01, in_order=True, rank=0, width=8)
         tensors |= bridges
     return stack, tensors
 

@@ -24,12 +24,12 @@ from torch import nn
 from torch.nn import functional
 
 from ot_federated.architectures import find_architecture, get_blocks
+from ot_federated.model_owner.compression.calibration import split_windows
 from ot_federated.tasks.losses import run_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-num_windows_per_batch = 2
 Solution = dict[str, torch.Tensor]
 
 
@@ -54,6 +54,7 @@ def fit_bridges(
     gaps: Sequence[tuple[int, int]],
     *,
     ridge: float,
+    in_order: bool = True,
     kept: Mapping[int, nn.Module] | None = None,
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """Fit a linear bridge over each run of dropped blocks, in closed form.
@@ -66,6 +67,7 @@ def fit_bridges(
         windows: Token windows of public text, or public images.
         gaps: First and last block of each run, ascending.
         ridge: Penalty, relative to the mean diagonal of X'X.
+        in_order: Whether a bridge is fitted to the states that the emulator has before it, or to the full model's own.
         kept: What runs in the place of kept blocks, where the emulator has not the full model's own; by their numbers
             in the full model.
 
@@ -77,7 +79,7 @@ def fit_bridges(
         weight, bias, _ = _solve(moments, ridge=ridge)
         return {"weight": weight, "bias": bias}
 
-    fitted = _fit_in_order(model, windows, gaps, solve=solve, kept=kept or {})
+    fitted = _fit_in_order(model, windows, gaps, solve=solve, in_order=in_order, kept=kept or {})
     return {number: (solution["weight"], solution["bias"]) for number, solution in fitted.items()}
 
 
@@ -88,6 +90,7 @@ def fit_low_rank_bridges(
     *,
     ridge: float,
     rank: int,
+    in_order: bool = True,
     kept: Mapping[int, nn.Module] | None = None,
 ) -> dict[int, Solution]:
     """Fit bridges whose matrix has a given rank, in closed form (reduced-rank regression).
@@ -107,7 +110,7 @@ def fit_low_rank_bridges(
         bias = (moments.sum_y - up @ (down @ moments.sum_x)) / moments.weight
         return {"up": up, "down": down, "bias": bias}
 
-    return _fit_in_order(model, windows, gaps, solve=solve, kept=kept or {})
+    return _fit_in_order(model, windows, gaps, solve=solve, in_order=in_order, kept=kept or {})
 
 
 @torch.no_grad()
@@ -117,6 +120,7 @@ def _fit_in_order(
     gaps: Sequence[tuple[int, int]],
     *,
     solve: Callable[[_Moments], Solution],
+    in_order: bool,
     kept: Mapping[int, nn.Module],
 ) -> dict[int, Solution]:
     """Walk up the stack with two streams of hidden states, the full model's and the emulator's, gap by gap."""
@@ -127,11 +131,14 @@ def _fit_in_order(
     emulated, position, fitted = list(full), gaps[0][0], dict[int, Solution]()
     for number, (first, last) in enumerate(gaps):
         for index in range(position, first):
-            emulated = [calls[index].run(kept.get(index, blocks[index]), states) for states in emulated]
-        for index in range(position, last + 1):
+            if in_order:
+                emulated = [calls[index].run(kept.get(index, blocks[index]), states) for states in emulated]
+            full = [calls[index].run(blocks[index], states) for states in full]
+        befores = emulated if in_order else full
+        for index in range(first, last + 1):
             full = [calls[index].run(blocks[index], states) for states in full]
         moments: _Moments | None = None
-        for before, after in zip(emulated, full, strict=True):
+        for before, after in zip(befores, full, strict=True):
             batch = _sum_moments(before, after)
             if moments is None:
                 moments = batch
@@ -139,7 +146,8 @@ def _fit_in_order(
                 moments.add(batch)
         assert moments is not None
         found = {name: tensor.to(dtype).to(model.device) for name, tensor in solve(moments).items()}
-        emulated = [_apply(found, states) for states in emulated]
+        if in_order:
+            emulated = [_apply(found, states) for states in emulated]
         fitted[number], position = found, last + 1
     return fitted
 
@@ -172,7 +180,7 @@ def _states_before(
     states: list[torch.Tensor] = []
     calls = {index: _Call({}) for index in range(len(blocks))}
     with _watch(blocks, first, states, calls):
-        for batch in windows.split(num_windows_per_batch):
+        for batch in split_windows(windows):
             try:
                 run_model(model, batch)
             except _ReachedError:

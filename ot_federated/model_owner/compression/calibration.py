@@ -23,18 +23,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 window_length = 512
-num_windows_per_batch = 2
+num_tokens_per_batch = 1024
+num_images_per_batch = 2
+
+
+def split_windows(windows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Divide public inputs into batches of about a thousand tokens, or of two images."""
+    size = num_images_per_batch if windows.is_floating_point() else max(1, num_tokens_per_batch // windows.shape[1])
+    batches: tuple[torch.Tensor, ...] = windows.split(size)
+    return batches
 
 
 def tokenise_public_text(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, num_tokens: int, max_positions: int
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    num_tokens: int,
+    max_positions: int,
+    length: int = window_length,
 ) -> torch.Tensor:
     """Return token windows ``(num_windows, window)`` from the beginning of the texts, about ``num_tokens`` in all.
 
     Raises:
         DataError: If the texts hold less than one window.
     """
-    window = min(window_length, max_positions, num_tokens)
+    window = min(length, max_positions, num_tokens)
     ids: list[int] = []
     for text in texts:
         ids += tokenizer(text.strip() + "\n\n", verbose=False)["input_ids"]
@@ -75,7 +88,7 @@ def block_states(
     blocks = list(get_blocks(model, find_architecture(model.config)))
     record: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     with record_blocks(blocks, record):
-        for batch in windows.split(num_windows_per_batch):
+        for batch in split_windows(windows):
             run_model(model, batch)
             yield record
             record.clear()

@@ -38,6 +38,7 @@ def build_bridges(
     emulator: Mapping[str, torch.Tensor],
     *,
     ridge: float,
+    in_order: bool,
     rank: int,
     width: int,
 ) -> tuple[tuple[StackEntry, ...], dict[str, torch.Tensor]]:
@@ -50,6 +51,7 @@ def build_bridges(
         emulator: The kept blocks' tensors by role name, as clients will have them: bridges mend what shrinking and
             quantising did.
         ridge: Penalty, relative to the mean diagonal of X'X.
+        in_order: Whether a bridge is fitted to what the emulator has before it, or to the full model's own states.
         rank: Rank of the linear map; 0 for a whole matrix.
         width: Neurons of the bottleneck; 0 for none. It starts at zero, so that at first the bridge is the linear one.
 
@@ -67,10 +69,12 @@ def build_bridges(
     tensors: dict[str, torch.Tensor] = {}
     kept = find_kept_blocks(model, stack, emulator)
     if rank:
-        for number, parts in fit_low_rank_bridges(model, windows, runs, ridge=ridge, rank=rank, kept=kept).items():
+        low_rank = fit_low_rank_bridges(model, windows, runs, ridge=ridge, rank=rank, in_order=in_order, kept=kept)
+        for number, parts in low_rank.items():
             tensors.update({bridges[number].prefix + name: tensor for name, tensor in parts.items()})
     else:
-        for number, (weight, bias) in fit_bridges(model, windows, runs, ridge=ridge, kept=kept).items():
+        whole = fit_bridges(model, windows, runs, ridge=ridge, in_order=in_order, kept=kept)
+        for number, (weight, bias) in whole.items():
             tensors.update({bridges[number].prefix + "weight": weight, bridges[number].prefix + "bias": bias})
     dtype = next(model.parameters()).dtype
     for entry in bridges if width else ():

@@ -106,17 +106,21 @@ def run_errors(
     num_middle = len(states) - 1
     for start in range(num_middle):
         x = states[start]
-        centred = x - x.mean(0)
-        xx = (centred.T @ centred).double()
+        # As bridges are fitted; by the size of the input, so that runs from the same block share the factor.
+        weight = 1.0 / x.square().mean(1).clamp(min=1e-12)
+        weight = weight / weight.sum()
+        centred = x - weight @ x
+        xx = ((weight[:, None] * centred).T @ centred).double()
         penalty = max(ridge, 1e-6) * xx.diagonal().mean()
         factor = torch.linalg.cholesky(xx + penalty * torch.eye(len(xx), dtype=xx.dtype))
         for stop in range(start, min(num_middle, start + longest)):
             y = states[stop + 1] - x
-            xy = (centred.T @ (y - y.mean(0))).double()
-            weight = torch.cholesky_solve(xy, factor).float()  # (hidden, hidden): y ~ centred @ weight + mean
-            residual = y - y.mean(0) - centred @ weight
+            centred_y = y - weight @ y
+            xy = ((weight[:, None] * centred).T @ centred_y).double()
+            bridge = torch.cholesky_solve(xy, factor).float()  # (hidden, hidden): y ~ centred @ bridge + mean
+            residual = centred_y - centred @ bridge
             up = (residual.square().sum(1) / states[stop + 1].square().sum(1).clamp(min=1e-12)).clamp(max=1.0).mean()
-            carried = gradients[stop + 1] + gradients[stop + 1] @ weight.T
+            carried = gradients[stop + 1] + gradients[stop + 1] @ bridge.T
             down = 1.0 - functional.cosine_similarity(carried.flatten(), gradients[start].flatten(), dim=0)
             errors[start, stop] = 0.5 * (float(up) + float(down))
     return errors
