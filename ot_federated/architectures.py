@@ -292,17 +292,19 @@ def choose_auto_class(architecture: Architecture, *, classifies: bool) -> Any:
     return transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
 
 
-def check_split(*, num_blocks: int, bottom: int, emulator: int, top: int) -> None:
+def check_split(*, num_blocks: int, bottom: int, emulator: int, top: int, spread: int = 0) -> None:
     """Check that a ``bottom-emulator-top`` split fits a model of ``num_blocks`` blocks.
 
     Raises:
         ConfigError: If the adapter leaves no middle, or the emulator is larger than the middle.
     """
-    middle = num_blocks - bottom - top
+    middle = num_blocks - bottom - top - spread
     split = f"offsite.bottom-blocks={bottom}, offsite.emulator-blocks={emulator}, offsite.top-blocks={top}"
+    if spread:
+        split += f", offsite.spread-blocks={spread}"
     if middle < 1:
         raise ConfigError(
-            f"The split {split} does not fit a model of {num_blocks} blocks: bottom and top leave no middle to "
+            f"The split {split} does not fit a model of {num_blocks} blocks: the adapter leaves no middle to "
             f"protect. Their sum must be below {num_blocks}."
         )
     if emulator > middle:

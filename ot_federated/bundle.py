@@ -3,7 +3,8 @@
 A directory of safetensors (tensors) and JSON (structure)::
 
     manifest.json         format, split, kept blocks, file digests, versions
-    adapter.safetensors   bottom.I.* and top.I.*: the blocks that train; head.*: a classification head, which trains
+    adapter.safetensors   bottom.I.*, spread.I.* and top.I.*: the blocks that train; head.*: a classification head,
+                          which trains
     emulator.safetensors  emulator.I.* (kept middle blocks) and bridge.I.* (what stands in for the others), packed
                           where the manifest says so
     frozen.safetensors    embeddings, final norm, language-model head, under their own names
@@ -45,7 +46,8 @@ weight_files = ("adapter.safetensors", "emulator.safetensors", "frozen.safetenso
 # Tensor names of a classification head begin with it.
 head_prefix = "head."
 
-Role = Literal["bottom", "emulator", "bridge", "share", "top"]
+Role = Literal["bottom", "spread", "emulator", "bridge", "share", "top"]
+adapter_roles = ("bottom", "spread", "top")
 packed_forms = ("sparse", "int8", "int4", "bfloat16", "float16")
 
 
@@ -54,7 +56,8 @@ class StackEntry:
     """One position in the emulated block stack.
 
     Attributes:
-        role: What stands there. ``bottom`` and ``top`` are the adapter. ``emulator`` is a kept middle block, ``bridge``
+        role: What stands there. ``bottom``, ``spread`` (blocks of the adapter in the middle) and ``top`` are the
+            adapter. ``emulator`` is a kept middle block, ``bridge``
             a small stand-in for dropped ones, ``share`` a kept block that runs once more in a dropped one's place.
         index: Its number within the role; with it the tensor names begin: ``top.0.mlp.up_proj.weight``. A ``share``
             has the number of the kept block whose weights it runs with, and no tensors of its own.
@@ -352,5 +355,5 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def adapter_prefixes(stack: Iterable[StackEntry], *, placement: str = "both") -> tuple[str, ...]:
     """Return the tensor-name prefixes of the adapter blocks that train."""
-    roles = ("bottom", "top") if placement == "both" else (placement,)
+    roles = adapter_roles if placement == "both" else (placement,)
     return tuple(entry.prefix for entry in stack if entry.role in roles)

@@ -90,7 +90,9 @@ def deepen(
     # The lower of two equally near ones, as CRaSh shares blocks upwards.
     source = {block: min(kept, key=lambda other: (abs(other - block), other)) for block in middle}
     stack = [entry for entry in manifest.stack if entry.role == "bottom"]
-    renamed = {name: tensor for name, tensor in tensors.items() if not name.startswith(("emulator.", "bridge."))}
+    renamed = {
+        name: tensor for name, tensor in tensors.items() if not name.startswith(("emulator.", "bridge.", "spread."))
+    }
     for index, block in enumerate(middle):
         origin = exact[source[block]]
         entry = StackEntry("emulator", index, block, block, width=origin.width, rank=origin.rank)

@@ -18,7 +18,10 @@ class TuningConfig:
         choices=("full", "lora", "ia3", "bitfit", "bottleneck"),
     )
     placement: str = setting(
-        "both", "Which adapter blocks train: both, bottom or top.", choices=("both", "bottom", "top")
+        "both",
+        "Which adapter blocks train: both ends and those in the middle, bottom, top, or spread: those in the middle "
+        "alone (offsite.spread-blocks).",
+        choices=("both", "bottom", "top", "spread"),
     )
     lora_r: int = setting(8, "Rank of LoRA.", minimum=1)
     lora_alpha: float = setting(16.0, "LoRA's scale is lora-alpha / lora-r.", above=0)

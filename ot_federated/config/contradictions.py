@@ -18,12 +18,18 @@ def check_consistency(config: RunConfig) -> None:
     Raises:
         ConfigError: If some do; the message names both and the remedy.
     """
-    if config.offsite.bottom_blocks + config.offsite.top_blocks == 0:
+    offsite = config.offsite
+    trained = {"bottom": offsite.bottom_blocks, "top": offsite.top_blocks, "spread": offsite.spread_blocks}
+    if not any(trained.values()):
         raise ConfigError(
-            "offsite.bottom-blocks and offsite.top-blocks are both 0: there is no adapter to train. "
-            "Give at least one of them a block."
+            "offsite.bottom-blocks, offsite.top-blocks and offsite.spread-blocks are all 0: there is no adapter to "
+            "train. Give at least one of them a block."
         )
-    trained = {"bottom": config.offsite.bottom_blocks, "top": config.offsite.top_blocks}
+    if offsite.spread_blocks and offsite.keep not in ("uniform", "influence"):
+        raise ConfigError(
+            f"offsite.spread-blocks={offsite.spread_blocks} does not go with offsite.keep={offsite.keep!r}, which "
+            "chooses among all middle blocks: set offsite.keep=influence or uniform."
+        )
     if trained.get(config.tuning.placement) == 0:
         side = config.tuning.placement
         raise ConfigError(f"tuning.placement={side!r} but offsite.{side}-blocks is 0: nothing would train.")

@@ -14,6 +14,12 @@ class OffsiteConfig:
     bottom_blocks: int = setting(4, "First blocks: the bottom adapter.", minimum=0)
     emulator_blocks: int = setting(12, "Middle blocks that the emulator keeps.", minimum=0)
     top_blocks: int = setting(4, "Last blocks: the top adapter.", minimum=0)
+    spread_blocks: int = setting(
+        0,
+        "Blocks of the adapter in the middle, evenly spaced: they are sent as they are, and train. With "
+        "offsite.keep=uniform or influence.",
+        minimum=0,
+    )
     keep: str = setting(
         "influence",
         "Which middle blocks stay. uniform: evenly spaced (Offsite-Tuning). By public text: influence: those that "

@@ -253,6 +253,7 @@ def make_bundle(config: RunConfig, parts: Parts) -> tuple[Path, Manifest]:
         bottom=offsite.bottom_blocks,
         emulator=offsite.emulator_blocks,
         top=offsite.top_blocks,
+        spread=offsite.spread_blocks,
         keep=offsite.keep,
         gaps=offsite.gaps,
         read_public_text=lambda: read_public(config, parts),

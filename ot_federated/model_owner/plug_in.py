@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ot_federated.architectures import find_architecture, find_head, get_blocks
-from ot_federated.bundle import StackEntry, head_prefix
+from ot_federated.bundle import StackEntry, adapter_roles, head_prefix
 from ot_federated.errors import PlugInError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def full_model_names(model: PreTrainedModel, stack: Sequence[StackEntry]) -> dic
     return of_head | {
         entry.prefix + name: f"{architecture.blocks}.{entry.first_block}.{name}"
         for entry in stack
-        if entry.role in ("bottom", "top")
+        if entry.role in adapter_roles
         for name, _ in blocks[entry.first_block].named_parameters()
     }
 
@@ -48,7 +48,7 @@ def plug_in(
         model: The full model.
         adapter: The tuned adapter; every tensor of the trained roles and no other.
         stack: The layout that the adapter was tuned in.
-        placement: Which adapter blocks were tuned: ``both``, ``bottom`` or ``top``.
+        placement: Which adapter blocks were tuned: ``both`` (all), ``bottom``, ``spread`` or ``top``.
 
     Raises:
         PlugInError: If names are missing or unknown, a shape is wrong, or a value is not finite. The model is

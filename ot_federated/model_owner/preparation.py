@@ -20,6 +20,7 @@ from ot_federated.model_owner.compression.calibration import tokenise_public_tex
 from ot_federated.model_owner.compression.choice import choose_blocks, text_free
 from ot_federated.model_owner.compression.distillation import Distillation, distil
 from ot_federated.model_owner.compression.gaps import bridged_ways, build_bridges
+from ot_federated.model_owner.compression.keeping import spread_evenly
 from ot_federated.model_owner.compression.shrinking import shrink_blocks
 from ot_federated.model_owner.plug_in import full_model_names
 from ot_federated.model_owner.splitting import plan_stack, split_tensors, write_bundle
@@ -39,6 +40,7 @@ def prepare_bundle(
     bottom: int,
     emulator: int,
     top: int,
+    spread: int = 0,
     keep: str,
     gaps: str,
     read_public_text: Callable[[], Sequence[str] | torch.Tensor],
@@ -64,6 +66,7 @@ def prepare_bundle(
         bottom: Blocks of the bottom adapter.
         emulator: Middle blocks that stay.
         top: Blocks of the top adapter.
+        spread: Blocks of the adapter in the middle.
         keep: Which middle blocks stay, see :func:`choose_blocks`.
         gaps: What stands in for dropped blocks, see :mod:`ot_federated.model_owner.compression.gaps`.
         read_public_text: Gives the public texts, or images ``(num_images, channels, height, width)``; called only when
@@ -87,7 +90,7 @@ def prepare_bundle(
         DataError: If the public text is too short, or not in the model's vocabulary.
     """
     blocks = get_blocks(model, find_architecture(model.config))
-    check_split(num_blocks=len(blocks), bottom=bottom, emulator=emulator, top=top)
+    check_split(num_blocks=len(blocks), bottom=bottom, emulator=emulator, top=top, spread=spread)
     directory = cache_root() / "bundles" / recipe_digest(recipe)
     # Two runs that start together would build it twice, on the same checkpoints.
     lock = cache_root() / "locks" / f"bundle-{directory.name}"
@@ -100,13 +103,16 @@ def prepare_bundle(
             windows = prepare_windows(model, tokenizer, texts, num_tokens=calibration_tokens, length=calibration_window)
             if distillation:
                 public = prepare_windows(model, tokenizer, texts, num_tokens=distillation_tokens)
+        last = len(blocks) - top - 1
+        inside = spread_evenly(first=bottom, last=last, num_blocks=spread)
         kept = choose_blocks(
             model,
             windows,
             keep=keep,
             first=bottom,
-            last=len(blocks) - top - 1,
+            last=last,
             num_kept=emulator,
+            spread=inside,
             ridge=ridge,
             say=say,
         )
@@ -117,6 +123,7 @@ def prepare_bundle(
             kept=kept,
             bridged=gaps in bridged_ways,
             shared=gaps == "share",
+            spread=inside,
         )
         tensors = split_tensors(model, stack, bridges={})["emulator"]
         stack, tensors = shrink_blocks(model, stack, tensors, shrink=shrink, keep=shrink_keep)

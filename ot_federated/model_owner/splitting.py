@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import ot_federated
 from ot_federated.architectures import check_split, cut_config, find_architecture, find_head, get_blocks
-from ot_federated.bundle import Manifest, StackEntry, describe_files, head_prefix, manifest_name
+from ot_federated.bundle import Manifest, StackEntry, adapter_roles, describe_files, head_prefix, manifest_name
 from ot_federated.cache import atomic_directory
 from ot_federated.emulated_model import tied_names
 from ot_federated.errors import ConfigError
@@ -32,7 +32,14 @@ version_packages = ("torch", "transformers", "flwr", "safetensors")
 
 
 def plan_stack(
-    *, num_blocks: int, bottom: int, top: int, kept: Sequence[int], bridged: bool, shared: bool = False
+    *,
+    num_blocks: int,
+    bottom: int,
+    top: int,
+    kept: Sequence[int],
+    bridged: bool,
+    shared: bool = False,
+    spread: Sequence[int] = (),
 ) -> tuple[StackEntry, ...]:
     """Lay out the emulated stack: bottom blocks, kept middle blocks with bridges in the gaps, top blocks.
 
@@ -42,6 +49,7 @@ def plan_stack(
         top: Blocks of the top adapter.
         kept: Full-model indices of the middle blocks that stay, ascending.
         bridged: Whether each run of dropped blocks gets a bridge; else the run leaves nothing.
+        spread: Full-model indices of the adapter's blocks in the middle, ascending.
         shared: Whether the nearest kept block, the lower of two, runs in the place of each dropped one.
 
     Raises:
@@ -49,19 +57,21 @@ def plan_stack(
     """
     if shared and not kept:
         raise ConfigError("offsite.gaps='share' with offsite.emulator-blocks=0: there is no kept block to share.")
-    check_split(num_blocks=num_blocks, bottom=bottom, emulator=len(kept), top=top)
+    check_split(num_blocks=num_blocks, bottom=bottom, emulator=len(kept), top=top, spread=len(spread))
     stack = [StackEntry("bottom", index, index, index) for index in range(bottom)]
     num_bridges = 0
     start = bottom
-    for index, block in enumerate([*kept, num_blocks - top]):
+    for block in [*sorted([*kept, *spread]), num_blocks - top]:
         if bridged and block > start:
             stack.append(StackEntry("bridge", num_bridges, start, block - 1))
             num_bridges += 1
         for dropped in range(start, block) if shared else ():
             nearest = min(range(len(kept)), key=lambda number: (abs(kept[number] - dropped), number))
             stack.append(StackEntry("share", nearest, dropped, dropped))
-        if index < len(kept):
-            stack.append(StackEntry("emulator", index, block, block))
+        if block in kept:
+            stack.append(StackEntry("emulator", list(kept).index(block), block, block))
+        elif block in spread:
+            stack.append(StackEntry("spread", list(spread).index(block), block, block))
         start = block + 1
     stack += [StackEntry("top", index, num_blocks - top + index, num_blocks - top + index) for index in range(top)]
     return tuple(stack)
@@ -93,7 +103,7 @@ def split_tensors(
             tensors = {"weight": weight, "bias": bias}
         else:
             tensors = blocks[entry.first_block].state_dict()
-        part = "adapter" if entry.role in ("bottom", "top") else "emulator"
+        part = "adapter" if entry.role in adapter_roles else "emulator"
         parts[part].update({entry.prefix + name: tensor.detach() for name, tensor in tensors.items()})
     head = find_head(model, architecture)
     if head is not None:
@@ -168,8 +178,8 @@ def draft_manifest(model: PreTrainedModel, stack: Sequence[StackEntry], *, compr
     """Return a manifest of ``stack`` without files: enough to build the emulated model in memory."""
     architecture = find_architecture(model.config)
     blocks = get_blocks(model, architecture)
-    num_adapter = {role: sum(entry.role == role for entry in stack) for role in ("bottom", "top")}
-    middle = blocks[num_adapter["bottom"] : len(blocks) - num_adapter["top"]]
+    adapter = {entry.first_block for entry in stack if entry.role in adapter_roles}
+    middle = [block for index, block in enumerate(blocks) if index not in adapter]
     # A block that runs in another's place keeps its own kind of attention.
     kept = {entry.index: entry.first_block for entry in stack if entry.role == "emulator"}
     positions = [kept[entry.index] if entry.role == "share" else entry.first_block for entry in stack]
@@ -261,6 +271,7 @@ def describe_split(manifest: Manifest) -> dict[str, Any]:
     roles = [entry.role for entry in manifest.stack]
     return {
         "bottom": roles.count("bottom"),
+        "spread": roles.count("spread"),
         "emulator": roles.count("emulator"),
         "top": roles.count("top"),
         "kept_blocks": manifest.kept_blocks,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ot_federated.architectures import find_architecture, find_head
-from ot_federated.bundle import Manifest, StackEntry, adapter_prefixes, head_prefix
+from ot_federated.bundle import Manifest, StackEntry, adapter_prefixes, adapter_roles, head_prefix
 from ot_federated.emulated_model import model_names
 from ot_federated.errors import ConfigError, nearest_match
 from ot_federated.tuning.bitfit import bitfit
@@ -121,7 +121,8 @@ def merge(state: Tensors, base: Tensors, tuning: Tuning, *, conv1d: bool) -> dic
         raise ConfigError(
             f"tuning.method={tuning.method!r} cannot be merged into a model's weights: it is plugged in unmerged."
         )
-    prefixes = ("bottom.", "top.") if tuning.placement == "both" else (f"{tuning.placement}.",)
+    roles = adapter_roles if tuning.placement == "both" else (tuning.placement,)
+    prefixes = tuple(f"{role}." for role in roles)
     whole = {name: tensor.float() for name, tensor in base.items() if name.startswith(prefixes)}
     of_head = {name: tensor.float() for name, tensor in state.items() if name.startswith(head_prefix)}
     rest = {name: tensor for name, tensor in state.items() if name not in of_head}

@@ -27,7 +27,7 @@ class Tuning:
 
     Attributes:
         method: ``full``, ``lora``, ``ia3``, ``bitfit`` or ``bottleneck``.
-        placement: Which adapter blocks train: ``both``, ``bottom`` or ``top``.
+        placement: Which adapter blocks train: ``both`` (all), ``bottom``, ``spread`` or ``top``.
         lora_r: Rank of LoRA.
         lora_alpha: LoRA's scale is ``lora_alpha / lora_r``.
         freeze_a: Whether LoRA's A stays at its start (FFA-LoRA).

@@ -65,10 +65,12 @@ def divide(
     num_kept: int = 2,
     top: int = 2,
     bridged: bool = False,
+    spread: tuple[int, ...] = (),
 ) -> Parts:
     model = model or build_family_model(family, tied=tied, dtype=dtype)
-    kept = keep_uniform(first=bottom, last=num_blocks - top - 1, num_kept=num_kept) if num_kept else []
-    stack = plan_stack(num_blocks=num_blocks, bottom=bottom, top=top, kept=kept, bridged=bridged)
+    others = [block for block in range(bottom, num_blocks - top) if block not in spread]
+    kept = [others[n] for n in keep_uniform(first=0, last=len(others) - 1, num_kept=num_kept)] if num_kept else []
+    stack = plan_stack(num_blocks=num_blocks, bottom=bottom, top=top, kept=kept, bridged=bridged, spread=spread)
     gaps = [(entry.first_block, entry.last_block) for entry in stack if entry.role == "bridge"]
     windows = torch.randint(4, 260, (6, 40), generator=torch.Generator().manual_seed(1))
     manifest = write_bundle(
@@ -120,6 +122,21 @@ def test_emulator_that_keeps_every_block_is_the_full_model_bit_for_bit(
     verify_files(parts.directory, parts.manifest)
     assert parts.manifest.exact_weight_fraction == 1.0
     assert torch.equal(run(load_emulated_model(parts.directory, parts.manifest)), parts.logits)
+
+
+@pytest.mark.parametrize("family", family_names)
+def test_adapter_blocks_in_the_middle_work_in_every_family(family: str, tmp_path: Path) -> None:
+    """One adapter block between two gaps, and nothing at the ends; it comes back to its place, and to no other."""
+    parts = divide(tmp_path / "bundle", family, bottom=0, top=0, num_kept=3, bridged=True, spread=(2, 5))
+    roles = [entry.role for entry in parts.manifest.stack]
+    assert roles == ["emulator", "bridge", "spread", "emulator", "bridge", "spread", "bridge", "emulator"]
+    assert run(load_emulated_model(parts.directory, parts.manifest)).isfinite().all()
+    scramble(parts.model, [2, 5])
+    plug_in(parts.model, parts.adapter, parts.manifest.stack)
+    assert parts.changed() == set()
+    whole = divide(tmp_path / "whole", family, model=parts.model, num_kept=2, spread=(3, 4))
+    assert whole.manifest.exact_weight_fraction == 1.0
+    assert torch.equal(run(load_emulated_model(whole.directory, whole.manifest)), parts.logits)
 
 
 @pytest.mark.parametrize("family", family_names)
@@ -230,9 +247,9 @@ def test_restored_after_an_exception_too(tmp_path: Path) -> None:
     assert parts.changed() == set()
 
 
-@pytest.mark.parametrize(("placement", "own"), [("bottom", (0, 1)), ("top", (6, 7))])
+@pytest.mark.parametrize(("placement", "own"), [("bottom", (0, 1)), ("top", (6, 7)), ("spread", (3, 4))])
 def test_placement_changes_its_side_alone(placement: str, own: tuple[int, int], tmp_path: Path) -> None:
-    parts = divide(tmp_path / "bundle")
+    parts = divide(tmp_path / "bundle", spread=(3, 4))
     prefixes = adapter_prefixes(parts.manifest.stack, placement=placement)
     tuned = {name: tensor + 1.0 for name, tensor in parts.adapter.items() if name.startswith(prefixes)}
     plug_in(parts.model, tuned, parts.manifest.stack, placement=placement)
@@ -336,7 +353,7 @@ def test_every_split_plugs_in_bit_identically_and_runs(
 
 
 def test_split_without_middle_is_refused() -> None:
-    with pytest.raises(ConfigError, match="leave no middle"):
+    with pytest.raises(ConfigError, match="leaves no middle"):
         plan_stack(num_blocks=4, bottom=2, top=2, kept=[], bridged=True)
 
 

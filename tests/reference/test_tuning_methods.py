@@ -63,9 +63,10 @@ def test_the_matrix_has_every_method() -> None:
 
 @pytest.mark.parametrize(("name", "family"), pairs)
 def test_round_trip(name: str, family: str, tmp_path: Path) -> None:
-    # All middle blocks are kept, so the emulated model with a state in it is the full model, tuned and unmerged.
+    # All middle blocks are kept, or are the adapter's: the emulated model with a state in it is the full model, tuned
+    # and unmerged.
     tuning = settings[name]
-    model, directory, manifest = build(tmp_path, family, kept=[2, 3, 4, 5, 6])
+    model, directory, manifest = build(tmp_path, family, kept=[2, 3, 5, 6], spread=[4])
     base = read_tensors(directory / "adapter.safetensors")
     emulated = load_emulated_model(directory, manifest)
     parameters = prepare_tuning(emulated, manifest, tuning)
@@ -198,10 +199,10 @@ def test_checking_a_family_leaves_no_trace(name: str) -> None:
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
-@pytest.mark.parametrize("placement", ["bottom", "top"])
+@pytest.mark.parametrize("placement", ["bottom", "top", "spread"])
 @pytest.mark.parametrize("name", settings)
 def test_only_the_placed_blocks_train_and_change(name: str, placement: str, tmp_path: Path) -> None:
-    model, directory, manifest = build(tmp_path, "opt", kept=[3])
+    model, directory, manifest = build(tmp_path, "opt", kept=[3], spread=[2, 5])
     tuning = replace(settings[name], placement=placement)
     parameters = prepare_tuning(load_emulated_model(directory, manifest), manifest, tuning)
     assert parameters
@@ -210,7 +211,7 @@ def test_only_the_placed_blocks_train_and_change(name: str, placement: str, tmp_
     if is_mergeable(tuning):
         adapter = merge(state, read_tensors(directory / "adapter.safetensors"), tuning, conv1d=False)
         assert all(key.startswith(f"{placement}.") for key in adapter)
-    blocks = {"bottom": {"0", "1"}, "top": {"7"}}[placement]
+    blocks = {"bottom": {"0", "1"}, "top": {"7"}, "spread": {"2", "5"}}[placement]
     places = full_places(model, manifest.stack, tuning)
     assert {places.full_name(key).split(".")[3] for key in state} == blocks
 

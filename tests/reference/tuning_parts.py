@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,10 +17,12 @@ pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
 ids = torch.tensor([[5, 9, 200, 33, 7, 41], [8, 100, 3, 77, 12, 4]])
 
 
-def build(tmp_path: Path, family: str, *, kept: list[int]) -> tuple[PreTrainedModel, Path, Manifest]:
+def build(
+    tmp_path: Path, family: str, *, kept: list[int], spread: Sequence[int] = ()
+) -> tuple[PreTrainedModel, Path, Manifest]:
     """Return a model, and the directory and manifest of its bundle with two bottom blocks and one top block."""
     model = build_family_model(family)
-    stack = plan_stack(num_blocks=num_blocks, bottom=2, top=1, kept=kept, bridged=False)
+    stack = plan_stack(num_blocks=num_blocks, bottom=2, top=1, kept=kept, bridged=False, spread=spread)
     directory = tmp_path / "bundle"
     manifest = write_bundle(
         directory, model=model, tokenizer=byte_tokenizer(), stack=stack, bridges={}, compression="uniform+empty"

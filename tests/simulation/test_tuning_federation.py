@@ -21,6 +21,17 @@ methods: dict[str, dict[str, Scalar]] = {
     "lora": {"tuning.method": "lora", "tuning.lora-r": 2, "train.learning-rate": 0.05},
     "ia3": {"tuning.method": "ia3", "train.learning-rate": 0.05},
     "bitfit": {"tuning.method": "bitfit", "train.learning-rate": 0.01},
+    # LoRA in the middle alone, with a bridge at either side.
+    "spread": {
+        "tuning.method": "lora",
+        "tuning.lora-r": 2,
+        "train.learning-rate": 0.05,
+        "offsite.bottom-blocks": 0,
+        "offsite.top-blocks": 0,
+        "offsite.spread-blocks": 2,
+        "offsite.emulator-blocks": 2,
+        "tuning.placement": "spread",
+    },
     "bottleneck": {"tuning.method": "bottleneck", "tuning.bottleneck-size": 4, "train.learning-rate": 0.05},
 }
 
@@ -51,7 +62,7 @@ def test_a_method_learns_resumes_and_is_delivered(name: str, opt_directory: Path
     else:
         tuned = logits(AutoModelForCausalLM.from_pretrained(whole.output / "model", dtype=torch.float32).eval())
     assert (tuned - before).abs().max() > 1e-2
-    if name in ("lora", "ia3"):
+    if name in ("lora", "ia3", "spread"):
         loaded = PeftModel.from_pretrained(full, str(whole.output / "adapter"))
         torch.testing.assert_close(logits(loaded), tuned, rtol=1e-4, atol=1e-4)
 

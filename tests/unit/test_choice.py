@@ -17,6 +17,7 @@ from ot_federated.model_owner.compression.gradient_keeping import (
     run_errors,
     states_and_gradients,
 )
+from ot_federated.model_owner.compression.keeping import spread_evenly
 from tests.families import build_family_model, family_names
 
 windows = torch.randint(4, 260, (6, 48), generator=torch.Generator().manual_seed(0))
@@ -42,6 +43,19 @@ def test_every_way_works_in_every_family(family: str, keep: str) -> None:
     assert choose(model, keep, num_kept=0) == []
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(parameter.requires_grad and parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("keep", ["uniform", "influence"])
+def test_adapter_blocks_in_the_middle_are_not_chosen(keep: str) -> None:
+    kept = choose(build_family_model("llama"), keep, spread=(2, 4))
+    assert kept == [3, 5]
+
+
+def test_adapter_blocks_in_the_middle_are_evenly_spaced() -> None:
+    assert spread_evenly(first=4, last=25, num_blocks=1) == [15]
+    assert spread_evenly(first=0, last=29, num_blocks=5) == [3, 9, 15, 21, 27]
+    assert spread_evenly(first=2, last=5, num_blocks=4) == [2, 3, 4, 5]
+    assert spread_evenly(first=2, last=5, num_blocks=0) == []
 
 
 @pytest.mark.parametrize("keep", ["influence", "cka", "gradient"])

@@ -122,11 +122,19 @@ def test_no_adapter_is_refused() -> None:
     assert "at least one" in message
 
 
-@pytest.mark.parametrize("side", ["bottom", "top"])
+@pytest.mark.parametrize("side", ["bottom", "top", "spread"])
 def test_placement_without_blocks_is_refused(side: str) -> None:
     message = refusal(**{f"offsite__{side}_blocks": 0, "tuning__placement": side})
     assert f"tuning.placement='{side}'" in message
     assert f"offsite.{side}-blocks is 0" in message
+
+
+def test_adapter_blocks_in_the_middle_go_with_ways_that_leave_them_out() -> None:
+    ends = {"offsite.bottom-blocks": 0, "offsite.top-blocks": 0, "offsite.spread-blocks": 2}
+    assert parse_run_config(ends).offsite.spread_blocks == 2
+    message = refusal(offsite__spread_blocks=2, offsite__keep="gradient")
+    assert "offsite.keep='gradient'" in message
+    assert "influence or uniform" in message
 
 
 def test_one_sided_adapter_is_allowed() -> None:

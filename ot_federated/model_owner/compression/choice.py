@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +29,7 @@ def choose_blocks(
     first: int,
     last: int,
     num_kept: int,
+    spread: Sequence[int] = (),
     ridge: float,
     say: Callable[[str], None],
 ) -> list[int]:
@@ -41,6 +42,7 @@ def choose_blocks(
         first: First middle block.
         last: Last middle block.
         num_kept: How many stay.
+        spread: Middle blocks of the adapter, among which nothing is chosen; with ``uniform`` and ``influence`` alone.
         ridge: Penalty of the bridges that ``gradient`` tries.
         say: Told what is going on.
 
@@ -52,8 +54,9 @@ def choose_blocks(
         raise ConfigError(f"offsite.keep={keep!r} is not one of {', '.join(ways)}{nearest_match(keep, ways)}.")
     if num_kept == 0:
         return []
+    others = [block for block in range(first, last + 1) if block not in spread]
     if keep == "uniform":
-        return keep_uniform(first=first, last=last, num_kept=num_kept)
+        return [others[place] for place in keep_uniform(first=0, last=len(others) - 1, num_kept=num_kept)]
     if windows is None:
         raise ConfigError(f"offsite.keep={keep!r} needs public text: set offsite.public-text, or take uniform.")
     if keep == "gradient" and windows.is_floating_point():
@@ -62,7 +65,8 @@ def choose_blocks(
     if keep == "influence":
         num_windows = max(1, num_influence_tokens * len(windows) // num_public_tokens(model, windows))
         influence = block_influence(model, windows[:num_windows])
-        return keep_influential(influence[first : last + 1], first=first, num_kept=num_kept)
+        places = keep_influential([influence[block] for block in others], first=0, num_kept=num_kept)
+        return [others[place] for place in places]
     if keep == "cka":
         similarity = block_similarity(model, windows, first=first, last=last)
         return keep_cluster_centres(similarity, first=first, num_kept=num_kept)

@@ -7,6 +7,7 @@ https://arxiv.org/abs/2403.03853, equation 1 (block influence).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -19,6 +20,12 @@ def keep_uniform(*, first: int, last: int, num_kept: int) -> list[int]:
     if num_kept == 1:
         return [first + (num_middle - 1) // 2]
     return [first + round(index * (num_middle - 1) / (num_kept - 1)) for index in range(num_kept)]
+
+
+def spread_evenly(*, first: int, last: int, num_blocks: int) -> list[int]:
+    """Return ``num_blocks`` blocks inside ``[first, last]``, evenly spaced with as much room at both ends."""
+    num_middle = last - first + 1
+    return [first + math.floor((index + 0.5) * num_middle / num_blocks) for index in range(num_blocks)]
 
 
 def keep_influential(influence: Sequence[float], *, first: int, num_kept: int) -> list[int]:
