@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from ot_federated.cache import atomic_write_text
 from ot_federated.config import parse_run_config
 from ot_federated.errors import OtFederatedError
@@ -196,12 +198,14 @@ def describe_cell(
     plug_in, tuned = rows["plug_in"], rows["emulator_fine_tuned"]
     sizes, offsite = summary["bytes"], summary["offsite"]
     num_rounds = summary["federation"]["num_rounds"]
+    # As models are published, whatever type this machine computes in: fp32 would halve every emulator's share.
+    middle_bytes = offsite["middle_bytes"] * 2 / getattr(torch, summary["dtype"]).itemsize
     return {
         "format": cell_format,
         "model": summary["model"]["source"],
         **{axis: cell.point[axis] for axis in ("task", "emulator", "federation", "seed")},
         "num_clients": int(cell.settings.get("num-clients", simulation_keys["num-clients"].default)),
-        "emulator_bytes_fraction": offsite["emulator_bytes"] / offsite["middle_bytes"],
+        "emulator_bytes_fraction": offsite["emulator_bytes"] / middle_bytes,
         "rows": rows,
         "recovery": recovery(scores),
         "value_gap": {
