@@ -82,7 +82,8 @@ def run_target(name: str, *, executions: int, corpus: Path, crashes: Path, seed:
         for number, data in enumerate(target.seeds()):
             (seeds / f"{number:03d}").write_bytes(data)
         words = Path(directory) / "words"
-        words.write_text("".join(f'"{word}"\n' for word in list_words(target.seeds())))
+        # libFuzzer refuses an empty file.
+        words.write_text("".join(f'"{word}"\n' for word in ["format", *list_words(target.seeds())]))
         options = [
             f"-runs={executions}",
             f"-max_len={target.max_bytes}",
@@ -100,6 +101,8 @@ def run_target(name: str, *, executions: int, corpus: Path, crashes: Path, seed:
     done = re.search(r"stat::number_of_executed_units:\s*(\d+)", shown)
     hang = "libFuzzer: timeout" in shown or "TimeoutError: " in shown
     stopped = bool(re.search(r"ERROR: libFuzzer|Uncaught Python exception|artifact_prefix=.*Test unit written", shown))
+    if not done and not stopped:
+        raise RuntimeError(f"The fuzzer of {name} did not run; it said: {shown[-2000:]}")
     if stopped:
         (crashes / f"{name}.log").write_text(shown)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,41 @@ def test_a_row_takes_the_place_of_its_targets_last_one(tmp_path: Path, monkeypat
 
 def test_words_are_those_of_the_seeds() -> None:
     assert list_words([b'{"max-rounds": 1}', b"max-rounds = true"]) == ["max-rounds", "true"]
+
+
+planted = """
+import sys
+from dataclasses import replace
+from tests.fuzzing import __main__ as fuzzing
+
+def parse(data):
+    if data[:1] == b"B":
+        raise IndexError("planted")
+
+fuzzing.targets["anchor"] = replace(fuzzing.targets["anchor"], build=lambda: parse)
+fuzzing.fuzz_here("anchor", sys.argv[1:])
+"""
+
+
+def test_a_crash_stops_its_target_and_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every report of no crash rests on it: a parser with a mistake in it is found to have one."""
+    pytest.importorskip("atheris")
+    script = tmp_path / "planted.py"
+    script.write_text(planted)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setattr("tests.fuzzing.__main__.fuzzer_command", lambda name: [sys.executable, str(script)])
+    crashes = tmp_path / "crashes"
+    row = run_target("anchor", executions=100_000, corpus=tmp_path / "corpus", crashes=crashes, seed=1)
+    assert (row["crashes"], row["hangs"]) == (1, 0)
+    assert 0 < row["executions"] < 100_000
+    (kept,) = crashes.glob("anchor-crash-*")
+    assert kept.read_bytes()[:1] == b"B"
+    assert "IndexError: planted" in (crashes / "anchor.log").read_text()
+
+
+def test_a_fuzzer_that_does_not_start_is_no_fuzzing_without_crashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.fuzzing.__main__.fuzzer_command", lambda name: [sys.executable, "-c", "print('no')"])
+    with pytest.raises(RuntimeError, match="fuzzer of anchor did not run; it said: no"):
+        run_target("anchor", executions=10, corpus=tmp_path / "corpus", crashes=tmp_path, seed=1)
