@@ -58,5 +58,24 @@ class CheckpointError(OtFederatedError):
 
 def nearest_match(value: str, allowed: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the allowed name closest to ``value``, or an empty string."""
-    matches = difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.5)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
+    names = list(allowed)
+    # No name that is shorter than a third is close: a stranger's long key costs no time.
+    if len(value) > 3 * max(map(len, names), default=0):
+        return ""
+    matcher = difflib.SequenceMatcher()
+    matcher.set_seq2(value)
+    # The ratio itself is slow; the quick one is never below it. So a few names are compared in full, where
+    # difflib.get_close_matches compares all that could pass its cutoff.
+    quick_ratios = []
+    for name in names:
+        matcher.set_seq1(name)
+        if matcher.real_quick_ratio() >= 0.5:
+            quick_ratios.append((matcher.quick_ratio(), name))
+    best, best_ratio = "", 0.0
+    for quick_ratio, name in sorted(quick_ratios, reverse=True):
+        if quick_ratio < 0.5 or quick_ratio <= best_ratio:
+            break
+        matcher.set_seq1(name)
+        if (ratio := matcher.ratio()) >= 0.5 and ratio > best_ratio:
+            best, best_ratio = name, ratio
+    return f" (did you mean {best!r}?)" if best else ""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, get_type_hints
 
 from ot_federated.config.clients import PrivacyConfig, TrainConfig, TuningConfig
@@ -43,18 +44,29 @@ __all__ = [
 
 def list_keys() -> dict[str, Key]:
     """Return every run-config key by name, in the order of the config classes."""
-    return {key.name: key for key in _keys_of(RunConfig, "")}
+    return {key.name: key for key in _all_keys()}
+
+
+@cache
+def _all_keys() -> tuple[Key, ...]:
+    return tuple(_keys_of(RunConfig, ""))
 
 
 def _keys_of(config_class: type, prefix: str) -> Iterator[Key]:
-    hints = get_type_hints(config_class)
-    for item in dataclasses.fields(config_class):
+    for item, kind in _fields(config_class):
         name = prefix + item.name.replace("_", "-")
-        if dataclasses.is_dataclass(hints[item.name]):
-            yield from _keys_of(hints[item.name], name + ".")
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            yield from _keys_of(kind, name + ".")
         else:
             default: Any = item.default  # setting() gives every one a default
-            yield Key(name=name, type=hints[item.name], default=default, **item.metadata)
+            yield Key(name=name, type=kind, default=default, **item.metadata)
+
+
+@cache
+def _fields(config_class: type) -> tuple[tuple[dataclasses.Field[Any], Any], ...]:
+    """Return a config class's fields with their types, whose annotations are evaluated once in a process."""
+    hints = get_type_hints(config_class)
+    return tuple((item, hints[item.name]) for item in dataclasses.fields(config_class))
 
 
 def parse_run_config(flat: Mapping[str, object]) -> RunConfig:
@@ -75,12 +87,11 @@ def parse_run_config(flat: Mapping[str, object]) -> RunConfig:
 
 
 def _build(config_class: type, values: Mapping[str, Scalar], prefix: str) -> Any:
-    hints = get_type_hints(config_class)
     arguments: dict[str, Any] = {}
-    for item in dataclasses.fields(config_class):
+    for item, kind in _fields(config_class):
         name = prefix + item.name.replace("_", "-")
-        nested = dataclasses.is_dataclass(hints[item.name])
-        arguments[item.name] = _build(hints[item.name], values, name + ".") if nested else values[name]
+        nested = dataclasses.is_dataclass(kind)
+        arguments[item.name] = _build(kind, values, name + ".") if nested else values[name]
     return config_class(**arguments)
 
 

@@ -94,21 +94,35 @@ def read_app_bundle(data: bytes) -> AppBundle:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             files = dict(_read_members(archive))
-        config = tomllib.loads(files["pyproject.toml"].decode())
+        project = files["pyproject.toml"]
+    # What zipfile raises for damaged files; LookupError where there is no such file in it.
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
+        raise AppBundleError(f"This is not a Flower app bundle ({type(error).__name__}: {error}).") from error
+    name, version, component = parse_project(project)
+    return AppBundle(
+        sha256=hashlib.sha256(data).hexdigest(), name=name, version=version, client_app=component, files=files
+    )
+
+
+def parse_project(data: bytes) -> tuple[str, str, str]:
+    """Return ``publisher/name``, the version and the ClientApp that a FAB's ``pyproject.toml`` names.
+
+    Raises:
+        AppBundleError: If it is not that of a Flower app, or they are no plain names.
+    """
+    try:
+        config = tomllib.loads(data.decode())
         app, project = config["tool"]["flwr"]["app"], config["project"]
         name, version = f"{app['publisher']}/{project['name']}", project["version"]
         component = app["components"]["clientapp"]
-    # What zipfile raises for damaged files, and what the steps after it raise for another layout.
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
+    except (ValueError, LookupError) as error:
         raise AppBundleError(f"This is not a Flower app bundle ({type(error).__name__}: {error}).") from error
     except (TypeError, RecursionError) as error:
         raise AppBundleError("Its pyproject.toml is not that of a Flower app.") from error
     for text in (name, version, component):
         if not isinstance(text, str) or not _shown.fullmatch(text):
             raise AppBundleError(f"Its pyproject.toml has {text!r} for a name, version or ClientApp.")
-    return AppBundle(
-        sha256=hashlib.sha256(data).hexdigest(), name=name, version=version, client_app=component, files=files
-    )
+    return name, version, component
 
 
 def _read_members(archive: zipfile.ZipFile) -> Iterator[tuple[str, bytes]]:

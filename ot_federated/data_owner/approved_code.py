@@ -75,36 +75,12 @@ class ApprovedCode:
         """
         try:
             check_permissions(self.path)
-            text = self.path.read_text(encoding="utf-8")
+            data = self.path.read_bytes()
         except FileNotFoundError:
             return ()
-        except (OSError, UnicodeError) as error:
+        except OSError as error:
             raise ApprovalError(f"The list of approved code {self.path} cannot be read ({error}).") from error
-        try:
-            values = json.loads(text)
-            version, entries = values["format"], values["approved"]
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise ApprovalError(self._damaged) from error
-        if version != format_version:
-            raise ApprovalError(
-                f"{self.path} has format {version!r}; this release reads {format_version}. Remove it, and approve the "
-                "bundles again with this release (ot-federated approve)."
-            )
-        try:
-            approvals = tuple(Approval(**entry) for entry in entries)
-            whole = all(re.fullmatch(r"[0-9a-f]{64}", approval.sha256) for approval in approvals)
-        except TypeError as error:
-            raise ApprovalError(self._damaged) from error
-        if not whole:
-            raise ApprovalError(self._damaged)
-        return approvals
-
-    @property
-    def _damaged(self) -> str:
-        return (
-            f"{self.path} is damaged, and nothing runs until it is right. Restore it, or remove it and approve the "
-            "bundles again (ot-federated approve)."
-        )
+        return parse_approvals(data, place=str(self.path))
 
     def find(self, sha256: str) -> Approval | None:
         """Return the approval of the bundle with this digest, or None: then it may not run.
@@ -167,6 +143,36 @@ class ApprovedCode:
     def _write(self, approvals: tuple[Approval, ...]) -> None:
         values = {"format": format_version, "approved": [asdict(approval) for approval in approvals]}
         atomic_write_bytes(self.path, (json.dumps(values, indent=2) + "\n").encode(), mode=0o600)
+
+
+def parse_approvals(data: bytes, *, place: str) -> tuple[Approval, ...]:
+    """Read a list from the bytes of its file, which errors call ``place``.
+
+    Raises:
+        ApprovalError: If the list is damaged or of another format.
+    """
+    damaged = (
+        f"{place} is damaged, and nothing runs until it is right. Restore it, or remove it and approve the bundles "
+        "again (ot-federated approve)."
+    )
+    try:
+        values = json.loads(data.decode())
+        version, entries = values["format"], values["approved"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ApprovalError(damaged) from error
+    if version != format_version:
+        raise ApprovalError(
+            f"{place} has format {version!r}; this release reads {format_version}. Remove it, and approve the bundles "
+            "again with this release (ot-federated approve)."
+        )
+    try:
+        approvals = tuple(Approval(**entry) for entry in entries)
+        whole = all(re.fullmatch(r"[0-9a-f]{64}", approval.sha256) for approval in approvals)
+    except TypeError as error:
+        raise ApprovalError(damaged) from error
+    if not whole:
+        raise ApprovalError(damaged)
+    return approvals
 
 
 def check_permissions(path: Path) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -169,12 +169,21 @@ def read_trail(path: Path) -> Iterator[Entry | str]:
             f"{trail_key}, {trail_variable})."
         )
     with path.open(encoding="utf-8", errors="replace") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield _parse(path, number, line)
+        yield from parse_trail(stream, place=str(path))
 
 
-def _parse(path: Path, number: int, line: str) -> Entry | str:
+def parse_trail(lines: Iterable[str], *, place: str) -> Iterator[Entry | str]:
+    """Yield the entries of a trail's lines as :func:`read_trail` does; errors call the file ``place``.
+
+    Raises:
+        TrailError: If a line is of another format.
+    """
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield _parse(place, number, line)
+
+
+def _parse(place: str, number: int, line: str) -> Entry | str:
     damaged = f"line {number} is cut short or damaged; where its process was killed, that reply did not leave"
     try:
         values = json.loads(line)
@@ -184,7 +193,7 @@ def _parse(path: Path, number: int, line: str) -> Entry | str:
         return damaged
     if (version := values.pop("format")) != format_version:
         raise TrailError(
-            f"{path}, line {number}: format {version!r}; this release reads {format_version}. Read it with the "
+            f"{place}, line {number}: format {version!r}; this release reads {format_version}. Read it with the "
             "release of ot-federated that wrote it, and begin a new trail for this one."
         )
     try:

@@ -205,16 +205,29 @@ def load_policy(path: Path) -> Policy:
     """Read a policy file.
 
     Raises:
-        ConfigError: If it cannot be read, is of another format, or has an unknown key (the nearest match is named), a
+        ConfigError: If it cannot be read, or as :func:`parse_policy`.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"The policy file {path} cannot be read ({error}). Give a TOML file.") from error
+    return parse_policy(data, place=str(path))
+
+
+def parse_policy(data: bytes, *, place: str) -> Policy:
+    """Read a policy from the bytes of its file, which errors call ``place``.
+
+    Raises:
+        ConfigError: If it is no TOML, is of another format, or has an unknown key (the nearest match is named), a
             value of the wrong type, or one out of range. A policy is never applied in part.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"The policy file {path} cannot be read ({error}). Give a TOML file.") from error
+        values = tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"The policy file {place} cannot be read ({error}). Give a TOML file.") from error
     if (version := values.pop("format", format_version)) != format_version:
         raise ConfigError(
-            f"{path} has format {version!r}; this release reads {format_version}. Install the release of ot-federated "
+            f"{place} has format {version!r}; this release reads {format_version}. Install the release of ot-federated "
             "that it was written for, or write it anew for this one."
         )
     fields = {item.name.replace("_", "-"): item for item in dataclasses.fields(Policy)}
@@ -222,8 +235,8 @@ def load_policy(path: Path) -> Policy:
     for key, value in values.items():
         if key not in fields:
             known = ", ".join(fields)
-            raise ConfigError(f"{path}: unknown key {key!r}{nearest_match(key, fields)}. The keys are {known}.")
-        arguments[fields[key].name] = _check_value(path, key, value, default=fields[key].default)
+            raise ConfigError(f"{place}: unknown key {key!r}{nearest_match(key, fields)}. The keys are {known}.")
+        arguments[fields[key].name] = _check_value(place, key, value, default=fields[key].default)
     return Policy(**arguments)
 
 
@@ -244,36 +257,37 @@ _ranges: dict[str, tuple[float, bool, float]] = {
 }
 
 
-def _check_value(path: Path, key: str, value: object, *, default: object) -> object:
+def _check_value(place: str, key: str, value: object, *, default: object) -> object:
     if isinstance(default, tuple):
-        return _check_names(path, key, value)
+        return _check_names(place, key, value)
     if isinstance(default, bool):
         if not isinstance(value, bool):
-            raise ConfigError(f"{path}: {key} must be true or false, not {value!r}.")
+            raise ConfigError(f"{place}: {key} must be true or false, not {value!r}.")
         return value
     if isinstance(value, bool) or not isinstance(value, int if isinstance(default, int) else (int, float)):
         kind = "an integer" if isinstance(default, int) else "a number"
-        raise ConfigError(f"{path}: {key} must be {kind}, not {value!r}.")
+        raise ConfigError(f"{place}: {key} must be {kind}, not {value!r}.")
     if abs(value) >= 2**63:
-        raise ConfigError(f"{path}: {key} is out of range: no limit has more than 64 bits.")
+        raise ConfigError(f"{place}: {key} is out of range: no limit has more than 64 bits.")
     low, inclusive, high = _ranges[key]
     if not (math.isfinite(value) and (value >= low if inclusive else value > low) and value <= high):
         limits = f"{'at least' if inclusive else 'above'} {low:g}" + (
             f" and at most {high:g}" if math.isfinite(high) else ""
         )
-        raise ConfigError(f"{path}: {key} = {value} is out of range: it must be {limits}.")
+        raise ConfigError(f"{place}: {key} = {value} is out of range: it must be {limits}.")
     return value if isinstance(default, int) else float(value)
 
 
-def _check_names(path: Path, key: str, value: object) -> tuple[str, ...]:
+def _check_names(place: str, key: str, value: object) -> tuple[str, ...]:
     allowed = known_reply_fields if key == "reply-fields" else list_keys()["task.name"].choices
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise ConfigError(f"{path}: {key} must be a list of names, not {value!r}.")
+        raise ConfigError(f"{place}: {key} must be a list of names, not {value!r}.")
     for name in value:
         if name not in allowed:
             raise ConfigError(
-                f"{path}: {key} holds {name!r}, which is not one of {', '.join(allowed)}{nearest_match(name, allowed)}."
+                f"{place}: {key} holds {name!r}, which is not one of {', '.join(allowed)}"
+                f"{nearest_match(name, allowed)}."
             )
     if key == "allowed-tasks" and not value:
-        raise ConfigError(f"{path}: {key} is empty, which would allow nothing. Name a task, or drop the key.")
+        raise ConfigError(f"{place}: {key} is empty, which would allow nothing. Name a task, or drop the key.")
     return tuple(value)

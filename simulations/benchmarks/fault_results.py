@@ -16,6 +16,11 @@ results = Path(__file__).parent.parent / "results" / "faults.json"
 parts = ("schedules", "stages", "hostile", "poisoning", "fuzzing", "processes")
 
 
+def read_part(part: str, *, path: Path = results) -> Any:
+    """Return one part of the file; None where it is not there yet."""
+    return json.loads(path.read_text()).get(part) if path.is_file() else None
+
+
 def update_results(part: str, value: Any, *, command: str, path: Path = results) -> None:
     """Put one part into the file, whole or not at all; every other part stays.
 
