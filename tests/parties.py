@@ -20,6 +20,7 @@ import ot_federated
 from ot_federated.certificates import make_node_key
 from ot_federated.settings import Scalar
 from simulations.launcher import to_toml
+from tests.networks import Host
 
 if TYPE_CHECKING:
     from tests.real_federation import RealFederation
@@ -36,11 +37,12 @@ temporary_kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 
 
 class Party:
-    """One party's process: its directory, its log, its environment."""
+    """One party's process: its host, its directory, its log, its environment."""
 
-    def __init__(self, federation: RealFederation, name: str) -> None:
+    def __init__(self, federation: RealFederation, name: str, *, host: Host) -> None:
         self.federation = federation
         self.name = name
+        self.host = host
         self.directory = federation.root / name
         self.directory.mkdir(parents=True)
         self.log = self.directory / "output.log"
@@ -55,7 +57,7 @@ class Party:
 
     def launch(self, command: Sequence[str], **environment: str) -> None:
         """Start the party's process; its output is appended to its log."""
-        with self.log.open("ab") as output:
+        with self.log.open("ab") as output, self.host.entered():
             self.launched_at = output.tell()
             self.process = subprocess.Popen(
                 command,
@@ -110,6 +112,12 @@ class Party:
             for process in family:
                 process.send_signal(signal.SIGCONT)
 
+    def is_listening(self, address: str, port: int) -> bool:
+        """Say whether somebody takes connections there, as its host sees it."""
+        with self.host.entered(), contextlib.suppress(OSError), socket.create_connection((address, port), timeout=1):
+            return True
+        return False
+
     @property
     def is_alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
@@ -129,9 +137,9 @@ class Party:
 class SuperLink(Party):
     """The model owner's SuperLink, reachable on loopback alone."""
 
-    def __init__(self, federation: RealFederation) -> None:
-        super().__init__(federation, "superlink")
-        self.port = find_free_port()
+    def __init__(self, federation: RealFederation, *, host: Host) -> None:
+        super().__init__(federation, "superlink", host=host)
+        self.port = host.choose_port(9093)
 
     def start(self) -> None:
         self.launch(
@@ -140,18 +148,18 @@ class SuperLink(Party):
             OT_FEDERATED_STATE=str(self.directory),
             OT_FEDERATED_PORT=str(self.port),
         )
-        wait_until(lambda: is_listening(self.port), seconds=300, what=self.federation.logs)
+        wait_until(lambda: self.is_listening("127.0.0.1", self.port), seconds=300, what=self.federation.logs)
 
 
 class Proxy(Party):
     """nginx with the configuration of ``deploy/``."""
 
-    def __init__(self, federation: RealFederation, *, upstream: int) -> None:
-        super().__init__(federation, "proxy")
-        self.port = find_free_port()
+    def __init__(self, federation: RealFederation, *, host: Host, upstream: int) -> None:
+        super().__init__(federation, "proxy", host=host)
+        self.port = host.choose_port(9443)
         text = (deploy / "owner" / "nginx.conf").read_text()
         for old, new in {
-            "listen 9443 ssl;": f"listen 127.0.0.1:{self.port} ssl;",
+            "listen 9443 ssl;": f"listen {self.address} ssl;",
             "https://127.0.0.1:9093;": f"https://127.0.0.1:{upstream};",
             "/etc/ot-federated/keys/": f"{federation.keys}/",
         }.items():
@@ -166,17 +174,24 @@ class Proxy(Party):
             f"http {{\naccess_log access.log;\n{temporary}include site.conf;\n}}\n"
         )
 
+    @property
+    def address(self) -> str:
+        """Host and port for SuperNodes."""
+        return f"{self.host.address}:{self.port}"
+
     def start(self) -> None:
         assert nginx is not None
         self.launch([nginx, "-p", f"{self.directory}/", "-c", "nginx.conf", "-e", "stderr"])
-        wait_until(lambda: is_listening(self.port), seconds=120, what=self.federation.logs)
+        wait_until(lambda: self.is_listening(self.host.address, self.port), seconds=120, what=self.federation.logs)
 
 
 class Node(Party):
     """A data owner's SuperNode."""
 
-    def __init__(self, federation: RealFederation, name: str, *, data: Path, node_config: Mapping[str, Scalar]) -> None:
-        super().__init__(federation, name)
+    def __init__(
+        self, federation: RealFederation, name: str, *, host: Host, data: Path, node_config: Mapping[str, Scalar]
+    ) -> None:
+        super().__init__(federation, name, host=host)
         self.data = data
         self.etc = self.directory / "etc"
         self.etc.mkdir()
@@ -201,9 +216,9 @@ class Node(Party):
         (self.etc / "node.toml").write_text(to_toml(self.node_config))
         self.launch(
             [*before, str(deploy / "data-owner" / "supernode.sh"), *options],
-            OT_FEDERATED_SUPERLINK=f"127.0.0.1:{self.federation.proxy.port}",
+            OT_FEDERATED_SUPERLINK=self.federation.proxy.address,
             OT_FEDERATED_ETC=str(self.etc),
-            OT_FEDERATED_NODE_PORT=str(find_free_port()),
+            OT_FEDERATED_NODE_PORT=str(self.host.choose_port(9094)),
         )
 
     @property
@@ -237,18 +252,6 @@ class Node(Party):
                 cold = any(word.endswith("/flwr-clientapp") for word in words) and "run" not in words
                 found += [process] if forked or cold else []
         return found
-
-
-def find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def is_listening(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-        return True
-    return False
 
 
 def wait_until(condition: Callable[[], object], *, seconds: float, what: Callable[[], str]) -> None:

@@ -30,10 +30,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ot_federated.certificates import issue_server_certificate, make_authority
+from ot_federated.data_owner.audit_trail import Entry, read_trail
 from ot_federated.settings import Scalar
 from simulations.launcher import to_toml
 from simulations.processes import end_processes, token_variable
 from tests.federations import build_questions, small_settings, write_rows
+from tests.networks import Host, loopback
 from tests.parties import Node, Party, Proxy, SuperLink, checkout, deploy, wait_until
 
 
@@ -80,6 +82,7 @@ class RealFederation:
         node_config: Further keys of every node's config.
         app: The app that runs are submitted with: a directory or a FAB; by default the checkout as it is now.
         environment: Of every process.
+        hosts: Where the parties are: ``owner``, and data owners by name; who is not in it is on loopback.
     """
 
     root: Path
@@ -89,6 +92,7 @@ class RealFederation:
     node_config: Mapping[str, Scalar] = field(default_factory=dict)
     app: Path | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    hosts: Mapping[str, Host] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.token = uuid.uuid4().hex
@@ -114,9 +118,10 @@ class RealFederation:
             self.environment.pop(name, None)
         self.keys = self.root / "keys"
         make_authority(self.keys)
-        issue_server_certificate(self.keys, authority=self.keys, hosts=["127.0.0.1"])
-        self.superlink = SuperLink(self)
-        self.proxy = Proxy(self, upstream=self.superlink.port)
+        owner = self.hosts.get("owner", loopback)
+        issue_server_certificate(self.keys, authority=self.keys, hosts=[owner.address])
+        self.superlink = SuperLink(self, host=owner)
+        self.proxy = Proxy(self, host=owner, upstream=self.superlink.port)
         self.public_data = write_rows(self.root / "public.jsonl", build_questions(8, start=1000))
         self.nodes = [
             self.build_node(f"hospital-{chr(ord('a') + number)}", start=number * self.num_rows)
@@ -133,7 +138,7 @@ class RealFederation:
     def build_node(self, name: str, *, start: int = 0) -> Node:
         """Make a data owner with data, keys and policy; it is neither registered nor started."""
         data = write_rows(self.root / "data" / f"{name}.jsonl", build_questions(self.num_rows, start=start))
-        return Node(self, name, data=data, node_config=self.node_config)
+        return Node(self, name, host=self.hosts.get(name, loopback), data=data, node_config=self.node_config)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[RealFederation]:
@@ -158,16 +163,17 @@ class RealFederation:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end as a party, by default the model owner."""
         party = party or self.superlink
-        done = subprocess.run(
-            command,
-            cwd=party.directory,
-            env=party.environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
+        with party.host.entered():
+            done = subprocess.run(
+                command,
+                cwd=party.directory,
+                env=party.environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=600,
+                check=False,
+            )
         assert done.returncode == 0 or not check, f"{command}\n{done.stdout}\n{done.stderr}\n{self.logs()}"
         return done
 
@@ -266,7 +272,7 @@ def call(
 
 def examine(federation: RealFederation, side: str, *, node: Node | None = None, proxy: int = 0) -> dict[str, Any]:
     """Ask the doctor about one side."""
-    door = f"127.0.0.1:{proxy or federation.proxy.port}"
+    door = f"127.0.0.1:{proxy}" if proxy else federation.proxy.address
     if side == "owner":
         options = ["--keys", str(federation.keys), "--superlink", f"127.0.0.1:{federation.superlink.port}"]
         options += ["--proxy", door, "--state", str(federation.superlink.directory), "--connection", "owner"]
@@ -278,6 +284,12 @@ def examine(federation: RealFederation, side: str, *, node: Node | None = None, 
     found: dict[str, Any] = json.loads(done.stdout)
     assert done.returncode == (1 if found["errors"] else 0)
     return found
+
+
+def trained(node: Node, *flower_runs: str) -> list[Entry]:
+    """Return the updates that left a node in these runs."""
+    entries = [entry for entry in read_trail(node.trail) if isinstance(entry, Entry)]
+    return [entry for entry in entries if entry.message == "train" and entry.flower_run in flower_runs]
 
 
 def copy_release(target: Path) -> Path:

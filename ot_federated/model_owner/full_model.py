@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +49,8 @@ def load_full_model(
     from transformers import AutoConfig
 
     directory = resolve_model_directory(source)
+    if directory:
+        require_readable(directory)
     place = str(directory) if directory else source
     arguments = {"revision": revision} if revision and directory is None else {}
     try:
@@ -92,6 +96,16 @@ def load_full_model(
             "no model for this task. Fetch it again, or give another source."
         )
     return model.to(device).eval().requires_grad_(False), processor
+
+
+def require_readable(directory: Path) -> None:
+    """Refuse a model that belongs to another user: safetensors would say that there is no such file."""
+    for path in sorted(directory.iterdir()):
+        if not os.access(path, os.R_OK):
+            raise SourceError(
+                f"{path} cannot be read by the user {getpass.getuser()}, as which this process runs. Give the "
+                f"directory to it: chown -R {getpass.getuser()} {directory}"
+            )
 
 
 def set_classes(config: Any, classes: Sequence[str]) -> bool:

@@ -123,7 +123,7 @@ def main() -> None:
             for node in federation.nodes:
                 node.stop()
                 options = ["--superlink", f"127.0.0.1:{federation.proxy.port}", "--host", "127.0.0.1"]
-                options += ["--port", str(parties.find_free_port()), "--root-certificates", str(node.etc / "ca.crt")]
+                options += ["--port", str(node.host.choose_port(9094)), "--root-certificates", str(node.etc / "ca.crt")]
                 node.launch(["flower-supernode", *options, "--auth-supernode-private-key", str(node.private_key)])
             rounds["empty_app"] = run_empty(
                 federation, root / "empty", num_rounds=parsed.rounds, layout=layout, parties=parties

@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM
 from ot_federated.certificates import make_authority
 from ot_federated.data_owner.audit_trail import Entry, read_trail
 from strategies.secure_aggregation import choose_range, quantisation_error
-from tests.parties import Node, find_free_port, needs_real_processes, wait_until
-from tests.real_federation import Outcome, RealFederation, call, examine, refusal_of
+from tests.networks import find_free_port
+from tests.parties import needs_real_processes, wait_until
+from tests.real_federation import Outcome, RealFederation, call, examine, refusal_of, trained
 
 pytestmark = [pytest.mark.slow, *needs_real_processes]
 # So that a secure run of one round can be compared with the first of two plain ones: updates travel in fp32, and the
@@ -85,7 +86,7 @@ def test_a_node_that_is_not_registered_is_refused(federation: RealFederation) ->
 
 def test_a_node_without_a_key_is_refused(federation: RealFederation) -> None:
     keyless = federation.build_node("keyless")
-    options = ["--superlink", f"127.0.0.1:{federation.proxy.port}", "--root-certificates", str(keyless.etc / "ca.crt")]
+    options = ["--superlink", federation.proxy.address, "--root-certificates", str(keyless.etc / "ca.crt")]
     options += ["--host", "127.0.0.1", "--port", str(find_free_port()), "--max-retries", "1"]
     keyless.launch(["flower-supernode", *options])
     assert refusal_of(federation, keyless, "[code: 2001]")
@@ -235,9 +236,3 @@ def assert_same_result(run: Outcome, undisturbed: Outcome) -> None:
     assert [line["num_replies"] for line in run.rounds] == [3, 3]
     assert [line["num_examples"] for line in run.rounds] == [line["num_examples"] for line in undisturbed.rounds]
     assert run.summary["adapter_sha256"] == undisturbed.summary["adapter_sha256"]
-
-
-def trained(node: Node, *flower_runs: str) -> list[Entry]:
-    """Return the updates that left a node in these runs."""
-    entries = [entry for entry in read_trail(node.trail) if isinstance(entry, Entry)]
-    return [entry for entry in entries if entry.message == "train" and entry.flower_run in flower_runs]

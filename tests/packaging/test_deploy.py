@@ -1,4 +1,4 @@
-"""The files of ``deploy/`` that no test runs: compose file and systemd units say the same as those that run."""
+"""Files of ``deploy/`` that few machines can run: compose file and units say the same as those that all run."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,15 @@ def test_damaged_weights(tmp_path: Path, content: bytes) -> None:
     directory = save_family_model(tmp_path / "m")
     (directory / "model.safetensors").write_bytes(content)
     with pytest.raises(SourceError, match="cannot be loaded"):
+        load(directory)
+
+
+def test_weights_of_another_user_are_told_from_missing_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the units of deploy/ meet them; root, which may run this, reads everything."""
+    directory = save_family_model(tmp_path / "m")
+    weights = directory / "model.safetensors"
+    monkeypatch.setattr(os, "access", lambda path, mode: path != weights)
+    with pytest.raises(SourceError, match="model.safetensors cannot be read by the user .* chown -R"):
         load(directory)
 
 
