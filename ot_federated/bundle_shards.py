@@ -1,9 +1,10 @@
 """A bundle as a row of shards: its files one behind the other, cut at a fixed size.
 
 The manifest travels first and gives every file's size and digest. From them both sides derive the same cuts; the
-files' digests are checked when all shards are there. A shard is read and written in small pieces, so that neither
-side ever needs memory for more than what is on the way. Who has another version of the bundle, its base, is sent the
-files that are not in it: then the row is made of those alone (:func:`changed_part`).
+files' digests are checked when all shards are there. A shard is what one message brings: it is read, sent and
+written in small pieces, so that neither side ever needs memory for more than what is on the way. Who has another
+version of the bundle, its base, is sent the files that are not in it: then the row is made of those alone
+(:func:`changed_part`).
 """
 
 from __future__ import annotations
@@ -53,22 +54,29 @@ def locate(manifest: Manifest, start: int, num_bytes: int) -> Iterator[tuple[str
         start -= file.num_bytes
 
 
-def read_pieces(directory: Path, manifest: Manifest, index: int, *, shard_bytes: int) -> Iterator[bytes]:
-    """Read shard ``index`` of the bundle in ``directory``, piece by piece."""
-    start = index * shard_bytes
+def locate_pieces(manifest: Manifest, index: int, *, shard_bytes: int) -> list[list[tuple[str, int, int]]]:
+    """Return of each piece of shard ``index`` the stretches of files it is made of: file, offset, length."""
+    start, places = index * shard_bytes, []
     for size in piece_sizes(shard_size(manifest, index, shard_bytes=shard_bytes)):
-        parts = []
-        for name, offset, length in locate(manifest, start, size):
-            with (directory / name).open("rb") as stream:
-                stream.seek(offset)
-                parts.append(stream.read(length))
+        places.append(list(locate(manifest, start, size)))
         start += size
-        yield b"".join(parts)
+    return places
+
+
+def read_stretches(directory: Path, stretches: Iterable[tuple[str, int, int]]) -> bytes:
+    """Read a piece from the files of the bundle in ``directory``."""
+    parts = []
+    for name, offset, length in stretches:
+        with (directory / name).open("rb") as stream:
+            stream.seek(offset)
+            parts.append(stream.read(length))
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def read_shard(directory: Path, manifest: Manifest, index: int, *, shard_bytes: int) -> bytes:
     """Read shard ``index`` of the bundle in ``directory`` as a whole."""
-    return b"".join(read_pieces(directory, manifest, index, shard_bytes=shard_bytes))
+    places = locate_pieces(manifest, index, shard_bytes=shard_bytes)
+    return b"".join(read_stretches(directory, stretches) for stretches in places)
 
 
 def write_shard(

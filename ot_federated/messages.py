@@ -4,19 +4,19 @@ Three exchanges, each a Flower message and its reply:
 
 ``query.hello``  digest and manifest of the bundle, digests of its earlier versions -> the client's name, its cache,
                  the earlier version that it has, the shards it lacks
-``query.shard``  one piece of the bundle -> stored, or why not
+``query.shard``  one shard of the bundle, in pieces -> stored, or why not
 ``train``        the adapter, the bundle's digest, the round -> the adapter's update and its metrics, or a status
 
-Tensors travel as arrays, structure as scalars; nothing is ever unpickled. An adapter travels as its difference to
-something the receiver has (to a client: the bundle's adapter; from it: the adapter it was sent), because a
-difference keeps its precision in 16 bits where the weights themselves would not.
+Tensors travel as arrays, structure as scalars, the bundle as bytes; nothing is ever unpickled. An adapter travels as
+its difference to something the receiver has (to a client: the bundle's adapter; from it: the adapter it was sent),
+because a difference keeps its precision in 16 bits where the weights themselves would not.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Mapping, ValuesView
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -30,9 +30,10 @@ from ot_federated.errors import ProtocolError, RefusalError
 if TYPE_CHECKING:
     import torch
 
-wire_version = 1
+wire_version = 2
 hello_type, shard_type, train_type = "query.hello", "query.shard", "train"
 arrays_key, config_key, metrics_key = "arrays", "config", "metrics"
+piece_key = "bytes"
 
 # numpy has no bfloat16: its bits travel as int16.
 _wire_dtypes: dict[str, np.dtype[Any]] = {
@@ -116,33 +117,70 @@ def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     return stream.getvalue()
 
 
-def encode_shard(pieces: Iterable[bytes]) -> ArrayRecord:
-    """Return a shard as arrays of bytes, one for each piece.
+class StoredPiece(ConfigRecord):
+    """A piece of a shard on its way to a client, read from the disk whenever it is asked for.
 
-    Flower puts every array together from its chunks in one stretch, and again as bytes: as one array a shard would be
-    in memory four times at its receiver, in pieces about three times (measured with shards of 64 MiB).
+    Flower serialises all pieces of a message before the first one has left. That is one shard in memory; a second one
+    would be the pieces themselves, and messages to other clients, which wait for their turn, would be one more each.
     """
-    dtype = np.dtype("uint8")
-    record = ArrayRecord()
-    for number, piece in enumerate(pieces):
-        shape = (len(piece),)
-        data = npy_header(dtype, shape) + piece
-        record[piece_name(number)] = Array(dtype=dtype.name, shape=shape, stype="numpy.ndarray", data=data)
-    return record
+
+    def __init__(self, read: Callable[[], bytes]) -> None:
+        super().__init__({piece_key: b""})
+        self._read = read
+
+    def __getitem__(self, item: str) -> Any:
+        """Read the piece."""
+        return self._read() if item == piece_key else super().__getitem__(item)
+
+    def values(self) -> ValuesView[Any]:
+        """Return a view that reads the piece."""
+        return ValuesView(self)
+
+    def items(self) -> ItemsView[str, Any]:
+        """Return a view that reads the piece."""
+        return ItemsView(self)
+
+    def deflate(self) -> bytes:
+        """Serialise the piece; its receiver sees a config record like any other."""
+        return ConfigRecord(dict(self)).deflate()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Become a config record like any other where a simulation sends it to another process."""
+        return ConfigRecord, (dict(self),)
 
 
-def decode_shard(message: Message, *, num_bytes: int) -> list[memoryview]:
-    """Return the pieces of the shard in a ``query.shard`` message, without copying them.
+def encode_shard(pieces: Iterable[Callable[[], bytes]]) -> dict[str, ConfigRecord]:
+    """Return a shard as records of bytes, one for each piece, by name; each is read when it is sent.
+
+    Not as arrays: until a message is put together Flower keeps both the chunks of all its arrays and the arrays, which
+    would be the shard twice. A record goes over from its serialised form before the next one is looked at.
+    """
+    return {piece_name(number): StoredPiece(read) for number, read in enumerate(pieces)}
+
+
+def decode_shard(message: Message, *, num_bytes: int) -> list[bytes]:
+    """Take the pieces of the shard out of a ``query.shard`` message, which then has empty records in their place.
+
+    The message itself lives on: Flower's views of its records refer to themselves, until Python looks for such.
 
     Raises:
-        ProtocolError: If they are not arrays of ``num_bytes`` bytes in all, cut as they must be.
+        ProtocolError: If they are not ``num_bytes`` bytes in all, cut as they must be, or there is more than them.
     """
-    record = message.content.array_records.get(arrays_key)
     sizes = {piece_name(number): size for number, size in enumerate(piece_sizes(num_bytes))}
-    if record is None or list(record) != list(sizes):
-        raise ProtocolError(f"the message carries no shard of {num_bytes} bytes")
-    dtype = np.dtype("uint8")
-    return [read_array(record[name], name=name, dtype=dtype, shape=(size,)).data for name, size in sizes.items()]
+    records = message.content.config_records
+    if message.content.keys() != {config_key, *sizes} or records.keys() != message.content.keys():
+        raise ProtocolError(f"the message carries no shard of {num_bytes} bytes in {len(sizes)} pieces, and that alone")
+    pieces = []
+    for name, size in sizes.items():
+        piece = records[name].get(piece_key)
+        if len(records[name]) != 1 or not isinstance(piece, bytes) or len(piece) != size:
+            found = f"{len(piece)} bytes" if isinstance(piece, bytes) else type(piece).__name__
+            raise ProtocolError(f"{name} is {found}, not {size} bytes and nothing else")
+        pieces.append(piece)
+    # Not before: equal pieces are one record under several names.
+    for name in sizes:
+        records[name].clear()
+    return pieces
 
 
 def piece_name(number: int) -> str:
@@ -218,13 +256,15 @@ def build_content(
     *,
     arrays: ArrayRecord | None = None,
     metrics: Mapping[str, int | float] | None = None,
+    pieces: Mapping[str, ConfigRecord] | None = None,
 ) -> RecordDict:
-    """Build a message's content: config (with the wire version), and arrays and metrics where there are some."""
+    """Build a message's content: config (with the wire version); arrays, metrics, a shard where there is one."""
     content = RecordDict({config_key: ConfigRecord({"wire-version": wire_version, **config})})
     if arrays is not None:
         content[arrays_key] = arrays
     if metrics is not None:
         content[metrics_key] = MetricRecord(dict(metrics))
+    content.update(pieces or {})
     return content
 
 

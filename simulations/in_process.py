@@ -6,7 +6,7 @@ serialiser in both directions, node ids are 64-bit numbers as the SuperLink deal
 the ClientApp comes back as the error reply that a SuperNode would send.
 
 This is the module that touches Flower identifiers that are not public, with ``faults.forked_grid`` and
-``benchmarks.big_bundle``, which need the wire format alone: a new Flower release breaks nothing else. They are
+``benchmarks.message_link``, which need the wire format alone: a new Flower release breaks nothing else. They are
 ``TaskIdentity`` (who creates a message), the inflatable objects (the wire format), the serialiser of contexts, ``Run``
 and two constants.
 """

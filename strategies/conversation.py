@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from ot_federated.bundle import Manifest, manifest_name
-from ot_federated.bundle_shards import changed_part, count_shards, read_pieces, shard_size
+from ot_federated.bundle_shards import changed_part, count_shards, locate_pieces, read_stretches, shard_size
 from ot_federated.errors import ProtocolError, RefusalError
 from ot_federated.messages import (
     Hello,
@@ -41,7 +42,7 @@ lasting_errors = (1, 6, 7)
 
 @dataclass(frozen=True)
 class BundleSource:
-    """The bundle as the server sends it: read from disk shard by shard, never in memory as a whole.
+    """The bundle as the server sends it: read from disk piece by piece, never in memory as a whole.
 
     Attributes:
         directory: Where it is.
@@ -90,14 +91,11 @@ class BundleSource:
 
     def shard_content(self, index: int, *, base: str = "") -> RecordDict:
         """Return the content of ``query.shard`` for one shard of what changed since ``base``."""
-        digest, part = hashlib.sha256(), self.part(base)
-
-        def pieces() -> Iterator[bytes]:
-            for piece in read_pieces(self.directory, part, index, shard_bytes=self.shard_bytes):
-                digest.update(piece)
-                yield piece
-
-        arrays = encode_shard(pieces())
+        digest = hashlib.sha256()
+        places = locate_pieces(self.part(base), index, shard_bytes=self.shard_bytes)
+        pieces = [partial(read_stretches, self.directory, stretches) for stretches in places]
+        for read in pieces:
+            digest.update(read())
         fields: dict[str, str | int | float | bytes | list[int]] = {
             "bundle-digest": self.digest,
             "shard-bytes": self.shard_bytes,
@@ -105,7 +103,7 @@ class BundleSource:
             "base-digest": base,
             "shard-sha256": digest.hexdigest(),
         }
-        return build_content(fields, arrays=arrays)
+        return build_content(fields, pieces=encode_shard(pieces))
 
 
 @dataclass

@@ -16,8 +16,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 chunk_bytes = 5 * 2**20
-# What surrounds a message, an array, and a further chunk of an array.
-message_frame_bytes, array_frame_bytes, chunk_frame_bytes = 1000, 450, 156
+# What surrounds a message, an array, a further chunk of an array, and a piece of a shard.
+message_frame_bytes, array_frame_bytes, chunk_frame_bytes, piece_frame_bytes = 1000, 450, 156, 180
 
 
 def count_wire_bytes(content: RecordDict) -> int:
@@ -25,7 +25,7 @@ def count_wire_bytes(content: RecordDict) -> int:
 
     Equal arrays in one message travel once: Flower addresses contents by their digest.
     """
-    total = message_frame_bytes
+    total = message_frame_bytes + piece_frame_bytes * max(0, len(content.config_records) - 1)
     distinct: set[bytes] = set()
     for record in content.array_records.values():
         for name, array in record.items():

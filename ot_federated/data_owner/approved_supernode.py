@@ -52,14 +52,23 @@ from ot_federated.data_owner.app_bundle import AppBundleError, max_bundle_bytes
 from ot_federated.data_owner.approved_code import ApprovalError, ApprovedCode
 from ot_federated.data_owner.audit_trail import Content, Entry, append_entry, choose_trail
 from ot_federated.data_owner.first_contact import look_at_connection, not_taken
+from ot_federated.data_owner.message_limits import (
+    BoundedClient,
+    MessageMeter,
+    RefusedMessageError,
+    allocator_environment,
+    message_limit,
+)
 from ot_federated.errors import ConfigError, OtFederatedError
 from ot_federated.logs import log_fields, logger, show_lines
 
 # By name: the package flwr.supernode.cli has a function with the name of this module.
 _command: Any = importlib.import_module("flwr.supernode.cli.flower_supernode")
 _worker: Any = importlib.import_module("flwr.supernode.start_client_internal")
+_connection: Any = importlib.import_module("flwr.supernode.fleet_http_connection")
 
-invalid_fab_code = 7
+# Flower's codes, of those that a server need not ask again after.
+invalid_fab_code, failed_condition_code = 7, 6
 client_app_command = "flwr-clientapp"
 _pull_parameters = {
     *("state", "object_store", "node_config", "receive", "get_run", "get_fab", "pull_object"),
@@ -98,6 +107,7 @@ def run_supernode(arguments: Sequence[str], approved: ApprovedCode, *, warm: boo
     sys.argv = ["flower-supernode", *arguments]
     with own_flower_home() as home:
         os.environ |= {
+            **{name: os.environ.get(name, value) for name, value in allocator_environment.items()},
             "FLWR_HOME": str(home),
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             # The SuperNode starts further commands by name: those of this installation.
@@ -149,6 +159,7 @@ def guard(approved: ApprovedCode) -> None:
         and callable(getattr(_worker, "_insert_message", None))
         and getattr(_command, "NodeStateFactory", None) is NodeStateFactory
         and {"store_fab", "get_fab"} <= set(dir(InMemoryNodeState))
+        and getattr(_connection, "FleetHttpClient", None) is BoundedClient.__base__
     )
     if not known or pull is None:
         raise ApprovalError(
@@ -156,6 +167,7 @@ def guard(approved: ApprovedCode) -> None:
             "ot-federated can guard. Install the flwr that ot-federated asks for: pip install ot-federated."
         )
     _worker._pull_and_store_message = functools.partial(pull_approved, pull, approved)
+    _connection.FleetHttpClient = BoundedClient
     _command.NodeStateFactory = functools.partial(ApprovedStateFactory, approved=approved)
 
 
@@ -192,14 +204,26 @@ def pull_approved(pull: Callable[..., int | None], approved: ApprovedCode, **arg
         require_approved(approved, runs[run_id], hashlib.sha256(fab.content).hexdigest(), data=fab.content)
         return fab
 
+    def pull_object(run_id: int, object_id: str) -> bytes:
+        content: bytes = arguments["pull_object"](run_id, object_id)
+        meter.add(object_id, content)
+        return content
+
     node = str(arguments["node_config"].get("name") or f"node-{state.get_node_id()}")
+    meter = MessageMeter(message_limit(arguments["node_config"]))
+    guarded = {"receive": receive, "get_run": get_run, "get_fab": get_fab, "pull_object": pull_object}
     with log_fields(node=node):
         try:
-            return pull(**{**arguments, "receive": receive, "get_run": get_run, "get_fab": get_fab})
-        except RefusedCodeError as error:
+            run_id = pull(**{**arguments, **guarded})
+            # Flower has logged it, and forgotten the message.
+            if meter.error:
+                raise meter.error
+            return run_id
+        except (RefusedCodeError, RefusedMessageError) as error:
             message = received[0]
             note_refusal(message, error, arguments["node_config"], node=node)
-            reply = Message(Error(invalid_fab_code, str(error)), reply_to=message)
+            code = invalid_fab_code if isinstance(error, RefusedCodeError) else failed_condition_code
+            reply = Message(Error(code, str(error)), reply_to=message)
             _worker._insert_message(reply, state, arguments["object_store"])
             return message.metadata.run_id
 

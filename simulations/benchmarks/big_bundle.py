@@ -17,22 +17,23 @@ import json
 import os
 import shlex
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 
 from ot_federated.bundle import Manifest, read_manifest, read_tensors
 from ot_federated.cache import atomic_write_text
+from ot_federated.data_owner.message_limits import allocator_environment
 from ot_federated.messages import build_content, encode_update, hello_type, shard_type, train_type
 from ot_federated.reporting.plots import plot_memory
 from simulations.benchmarks.environment import write_results
 from simulations.benchmarks.memory_trace import MemoryTrace
+from simulations.benchmarks.message_link import receive, send
 from simulations.in_process import identify_as_server
 from simulations.small_model import build_byte_tokenizer
 
@@ -76,48 +77,6 @@ def prepare(directory: Path, *, hidden: int) -> Manifest:
     return write_bundle(
         directory, model=model, tokenizer=build_byte_tokenizer(), stack=stack, bridges={}, compression="uniform+empty"
     )
-
-
-def send(link: socket.socket, message: Message) -> None:
-    """Send a message as Flower does: object by object, each one serialised when its turn comes."""
-    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
-    from flwr.supercore.inflatable.inflatable_utils import push_objects
-
-    objects = get_all_nested_objects(message)
-    link.sendall(struct.pack("<Q", len(objects)) + message.object_id.encode())
-
-    def push(object_id: str, content: bytes) -> None:
-        link.sendall(object_id.encode() + struct.pack("<Q", len(content)))
-        link.sendall(content)
-
-    push_objects(objects, push, max_concurrent_pushes=1)
-
-
-def receive(link: socket.socket) -> Message:
-    """Receive a message and put it together as Flower does, from all of its objects."""
-    from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-
-    (num_objects,) = struct.unpack("<Q", _read(link, 8))
-    message_id = _read(link, 64).decode()
-    contents = {}
-    for _ in range(num_objects):
-        object_id = _read(link, 64).decode()
-        (length,) = struct.unpack("<Q", _read(link, 8))
-        contents[object_id] = bytes(_read(link, length))
-    message = cast(Message, inflate_object_from_contents(message_id, contents))
-    message.metadata.__dict__["_message_id"] = message_id
-    return message
-
-
-def _read(link: socket.socket, length: int) -> bytearray:
-    data = bytearray(length)
-    view = memoryview(data)
-    while view:
-        received = link.recv_into(view)
-        if not received:
-            raise ConnectionError("the other side has hung up")
-        view = view[received:]
-    return data
 
 
 def play_owner(links: Sequence[socket.socket], directory: Path, *, shard_bytes: int) -> dict[str, Any]:
@@ -195,12 +154,13 @@ def train_alone(directory: Path, data: Path) -> dict[str, Any]:
 
 
 def run_part(part: str, directory: Path, *arguments: str, links: Sequence[socket.socket] = ()) -> subprocess.Popen[str]:
-    """Start this module as one of the processes."""
+    """Start this module as one of the processes; the data owner's are given what ``ot-federated supernode`` gives."""
     descriptors = [str(link.fileno()) for link in links]
     command = [sys.executable, "-m", "simulations.benchmarks.big_bundle", "--part", part, "--place", str(directory)]
     return subprocess.Popen(
         [*command, *arguments, *(["--links", *descriptors] if descriptors else [])],
         pass_fds=[link.fileno() for link in links],
+        env={**({} if part == "owner" else allocator_environment), **os.environ},
         text=True,
     )
 

@@ -47,7 +47,7 @@ def main(grid, context):
     deadline = time.monotonic() + 60
     while not (nodes := list(grid.get_node_ids())) and time.monotonic() < deadline:
         time.sleep(0.1)
-    content = RecordDict({"config": ConfigRecord({"wire-version": 1})})
+    content = RecordDict({"config": ConfigRecord({"wire-version": 2})})
     replies = grid.send_and_receive([Message(content, node, "query.hello") for node in nodes], timeout=60)
     told = [
         reply.error.reason if reply.has_error() else reply.content.config_records["config"]["reason"]

@@ -172,4 +172,4 @@ def shard_seeds() -> list[bytes]:
     from ot_federated.messages import build_content, encode_shard
 
     fields = {"bundle-digest": "ab" * 32, "shard-bytes": 32, "shard-index": 0, "shard-sha256": "cd" * 32}
-    return [_encode(build_content(fields, arrays=encode_shard([bytes(32)])))]
+    return [_encode(build_content(fields, pieces=encode_shard([lambda: bytes(32)])))]

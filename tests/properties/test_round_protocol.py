@@ -86,7 +86,7 @@ corruptions = [
     set_array("emulator.0.c", np.zeros(3, np.float16)),
     set_field("bundle-digest", "ab" * 32),
     set_field("server-round", 1000),
-    set_field("wire-version", 2),
+    set_field("wire-version", 99),
     set_metric("num-examples", 0),
     set_metric("num-examples", 10**9),
     set_metric("loss", float("nan")),

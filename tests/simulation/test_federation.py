@@ -141,7 +141,7 @@ def test_shard_damaged_on_the_way_to_one_client(
 
     decode, spoiled = module.decode_shard, []
 
-    def flip(message: Message, *, num_bytes: int) -> list[memoryview | bytes]:
+    def flip(message: Message, *, num_bytes: int) -> list[bytes]:
         first, *others = decode(message, num_bytes=num_bytes)
         if not spoiled:
             spoiled.append(1)

@@ -66,7 +66,7 @@ def shard(digest: str, index: int, data: bytes, **fields: Any) -> RecordDict:
         "shard-index": index,
         "shard-sha256": hashlib.sha256(data).hexdigest(),
     }
-    return build_content(honest | fields, arrays=encode_shard([data]))
+    return build_content(honest | fields, pieces=encode_shard([lambda: data]))
 
 
 def honest_files(**others: BundleFile) -> tuple[BundleFile, ...]:
@@ -177,12 +177,15 @@ def test_shards_that_are_wrong(
     assert client.files() == {f"cache/incoming-{manifest.digest}-{shard_bytes}/bundle/manifest.json"}
 
 
-def test_shard_that_is_an_array_of_something_else(client: Client, bundle: tuple[Path, Manifest]) -> None:
+def test_shard_that_comes_with_arrays_or_as_something_else(client: Client, bundle: tuple[Path, Manifest]) -> None:
     directory, manifest = bundle
     client.tell("query.hello", hello((directory / manifest_name).read_bytes()))
-    content = shard(manifest.digest, 0, b"x")
+    content = shard(manifest.digest, 0, bytes(shard_bytes))
     content["arrays"] = ArrayRecord({"piece-0000": Array(np.zeros(shard_bytes // 4, np.float32))})
-    assert "not uint8" in client.reason("query.shard", content)
+    assert "and that alone" in client.reason("query.shard", content)
+    content = shard(manifest.digest, 0, bytes(shard_bytes))
+    content["piece-0000"] = ConfigRecord({"bytes": "x" * shard_bytes})
+    assert "piece-0000 is str" in client.reason("query.shard", content)
 
 
 def test_shards_whose_lies_agree_never_become_a_bundle(client: Client, bundle: tuple[Path, Manifest]) -> None:

@@ -10,13 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.supercore.fab import Fab
-from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from ot_federated.data_owner import approved_supernode
 from ot_federated.data_owner.approved_code import Approval, ApprovalError, ApprovedCode
@@ -29,6 +31,7 @@ from ot_federated.data_owner.approved_supernode import (
     pull_approved,
 )
 from ot_federated.data_owner.audit_trail import read_trail
+from ot_federated.data_owner.message_limits import BoundedClient
 from ot_federated.errors import ConfigError
 from tests.app_bundles import pack, release
 
@@ -61,27 +64,32 @@ class Node:
     runs: list[Run] = field(default_factory=list)
     content: bytes = good
     told_hash: str = ""
+    message: RecordDict = field(default_factory=lambda: RecordDict({"config": ConfigRecord({"a": 1})}))
+    num_pulled: int = 0
+    node_config: dict[str, Any] = field(default_factory=dict)
 
     def pull(self, *, pull: Callable[..., int | None] = original_pull) -> str | None:
         """Let one message come; return the error that it was answered with, or None where it waits for its app."""
-        message = Message(RecordDict({"config": ConfigRecord({"a": 1})}), node_id, "train")
+        message = Message(self.message, node_id, "train")
         message.metadata.__dict__["_run_id"] = run_id
         message.metadata.__dict__["_message_id"] = message.object_id
         tree = get_object_tree(message)
-        objects = {message.object_id: message.deflate()}
-        for record in message.content.values():
-            objects[record.object_id] = record.deflate()
-        objects[message.content.object_id] = message.content.deflate()
+        objects = {name: item.deflate() for name, item in get_all_nested_objects(message).items()}
+
+        def pull_object(_run: int, object_id: str) -> bytes:
+            self.num_pulled += 1
+            return objects[object_id]
+
         found = pull_approved(
             pull,
             self.approved,
             state=self.state,
             object_store=self.store,
-            node_config={"trail": str(self.trail), "name": "ward-7"},
+            node_config={"trail": str(self.trail), "name": "ward-7", **self.node_config},
             receive=lambda: (message, tree),
             get_run=lambda _: self.runs.pop(0) if len(self.runs) > 1 else self.runs[0],
             get_fab=lambda _hash, _run: Fab(self.told_hash or digest(self.content), self.content, {}),
-            pull_object=lambda _run, object_id: objects[object_id],
+            pull_object=pull_object,
             confirm_message_received=lambda *_: None,
             trusted_entities=None,
         )
@@ -201,6 +209,24 @@ def test_the_state_alone_keeps_other_code_out(node: Node) -> None:
     assert node.state.get_fab(digest(good)) is None
 
 
+def test_a_message_beyond_the_limit_is_not_fetched_to_its_end(node: Node) -> None:
+    node.message = RecordDict({f"piece-{i}": ConfigRecord({"bytes": bytes([i]) * 2**16}) for i in range(200)})
+    node.node_config = {"max-message-bytes": 2**20}
+    reason = node.pull()
+    assert reason is not None
+    assert "more than the 1,048,576 bytes" in reason
+    assert "max-message-bytes" in reason
+    assert node.num_pulled < 25
+    assert len(node.store) == 1  # the reply alone
+    assert [(entry.status, entry.reason) for entry in read_trail(node.trail)] == [("refused", reason)]
+
+
+def test_a_message_within_the_limit_is_fetched(node: Node) -> None:
+    node.message = RecordDict({"arrays": ArrayRecord({"a": Array(np.zeros(2**18, np.float32))})})
+    node.node_config = {"max-message-bytes": 2**22}
+    assert node.pull() is None
+
+
 # ---- Around Flower's command ----------------------------------------------------------------------------------
 
 
@@ -210,6 +236,7 @@ def unguarded(monkeypatch: pytest.MonkeyPatch) -> None:
     worker, command = approved_supernode._worker, approved_supernode._command
     monkeypatch.setattr(worker, "_pull_and_store_message", worker._pull_and_store_message)
     monkeypatch.setattr(command, "NodeStateFactory", command.NodeStateFactory)
+    monkeypatch.setattr(approved_supernode._connection, "FleetHttpClient", FleetHttpClient)
 
 
 @pytest.mark.usefixtures("unguarded")
@@ -222,16 +249,19 @@ def test_guard_replaces_both_steps(tmp_path: Path) -> None:
     state = approved_supernode._command.NodeStateFactory(objectstore_factory=ObjectStoreFactory()).state()
     assert isinstance(state, ApprovedNodeState)
     assert state.approved is approved
+    assert approved_supernode._connection.FleetHttpClient is BoundedClient
 
 
 @pytest.mark.usefixtures("unguarded")
-@pytest.mark.parametrize("change", ["renamed", "other parameters", "other factory"])
+@pytest.mark.parametrize("change", ["renamed", "other parameters", "other factory", "other client"])
 def test_a_flower_that_works_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     worker, command = approved_supernode._worker, approved_supernode._command
     if change == "renamed":
         monkeypatch.delattr(worker, "_pull_and_store_message")
     elif change == "other parameters":
         monkeypatch.setattr(worker, "_pull_and_store_message", lambda *, state, receive: None)
+    elif change == "other client":
+        monkeypatch.setattr(approved_supernode._connection, "FleetHttpClient", object)
     else:
         monkeypatch.setattr(command, "NodeStateFactory", object)
     with pytest.raises(ApprovalError, match="Install the flwr that ot-federated asks for"):

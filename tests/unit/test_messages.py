@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import math
 import pickle
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from ot_federated.errors import ProtocolError
 from ot_federated.messages import (
@@ -219,12 +221,57 @@ def test_other_serialisation_is_refused() -> None:
         payload(as_npy(np.arange(4, dtype=np.float32)), stype="torch.tensor")
 
 
+def shard_message(*pieces: bytes, **records: Any) -> Message:
+    content = build_content({}, pieces=encode_shard([lambda piece=piece: piece for piece in pieces]))
+    for name, record in records.items():
+        content[name] = record
+    return Message(content, dst_node_id=1, message_type="query.shard")
+
+
+def over_the_wire(message: Message) -> Message:
+    contents = {name: item.deflate() for name, item in get_all_nested_objects(message).items()}
+    return cast(Message, inflate_object_from_contents(message.object_id, contents))
+
+
 def test_shard_round_trip_and_its_size() -> None:
     data = bytes(range(256)) * 3
-    message = Message(build_content({}, arrays=encode_shard([data])), dst_node_id=1, message_type="query.shard")
+    message = over_the_wire(shard_message(data))
+    kept = {name: record for name, record in message.content.config_records.items() if name != config_key}
+    assert {type(record) for record in kept.values()} == {ConfigRecord}
     assert b"".join(decode_shard(message, num_bytes=768)) == data
-    with pytest.raises(ProtocolError, match=r"not uint8 \(767,\)"):
-        decode_shard(message, num_bytes=767)
+    # Who keeps the message, or has looked at its records, does not keep the shard.
+    assert not any(kept.values())
+    for num_bytes in (767, 769):
+        with pytest.raises(ProtocolError, match=f"piece-0000 is 768 bytes, not {num_bytes} bytes"):
+            decode_shard(shard_message(data), num_bytes=num_bytes)
+
+
+def test_shard_in_several_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ot_federated.bundle_shards.piece_bytes", 4)
+    message = over_the_wire(shard_message(b"abcd", b"abcd", b"ef"))
+    assert decode_shard(message, num_bytes=10) == [b"abcd", b"abcd", b"ef"]
+    for wrong in ([b"abcd", b"abcdef"], [b"abcd", b"ab", b"cdef"], [b"abcd", b"abcd", b"ef", b""], [b"abcdabcdef"]):
+        with pytest.raises(ProtocolError):
+            decode_shard(over_the_wire(shard_message(*wrong)), num_bytes=10)
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        {"arrays": ArrayRecord({"other": Array(np.zeros(3, np.uint8))})},
+        {"other": ConfigRecord({"bytes": b"abc"})},
+        {"metrics": MetricRecord({"a": 1})},
+        {"piece-0000": ConfigRecord({"bytes": b"abc", "more": b"x"})},
+        {"piece-0000": ConfigRecord({"other": b"abc"})},
+        {"piece-0000": ConfigRecord({"bytes": [1, 2, 3]})},
+        {"piece-0000": ConfigRecord({"bytes": "abc"})},
+        {"piece-0000": ConfigRecord()},
+    ],
+)
+def test_a_shard_with_more_or_other_than_its_bytes(records: dict[str, Any]) -> None:
+    assert decode_shard(shard_message(b"abc"), num_bytes=3) == [b"abc"]
+    with pytest.raises(ProtocolError):
+        decode_shard(shard_message(b"abc", **records), num_bytes=3)
 
 
 @pytest.mark.parametrize("arrays", [None, ArrayRecord(), ArrayRecord({"other": Array(np.zeros(3, np.uint8))})])
@@ -232,6 +279,26 @@ def test_message_without_a_shard(arrays: ArrayRecord | None) -> None:
     message = Message(build_content({}, arrays=arrays), dst_node_id=1, message_type="query.shard")
     with pytest.raises(ProtocolError, match="carries no shard"):
         decode_shard(message, num_bytes=3)
+
+
+def test_a_piece_is_on_the_disk_until_it_is_sent() -> None:
+    """What waits for its turn takes no memory; in a simulation it arrives in the other process as bytes."""
+    num_reads: list[int] = []
+
+    def read() -> bytes:
+        num_reads.append(1)
+        return b"abc"
+
+    message = Message(build_content({}, pieces=encode_shard([read])), dst_node_id=1, message_type="query.shard")
+    assert num_reads == []
+    assert decode_shard(over_the_wire(message), num_bytes=3) == [b"abc"]
+    num_reads.clear()
+    record = message.content.config_records["piece-0000"]
+    assert (record["bytes"], list(record.values()), dict(record.items())) == (b"abc", [b"abc"], {"bytes": b"abc"})
+    assert len(num_reads) == 3
+    sent = pickle.loads(pickle.dumps(record))
+    assert type(sent) is ConfigRecord
+    assert dict(sent) == {"bytes": b"abc"}
 
 
 def test_bytes_of_arrays_are_counted() -> None:
