@@ -92,7 +92,7 @@ class StrategyConfig:
         "twice train.learning-rate times train.max-steps, which AdamW hardly leaves.",
         minimum=0,
     )
-    shard_bytes: int = setting(64 * 2**20, "A bundle travels in pieces of this size.", minimum=2**16)
+    shard_bytes: int = setting(64 * 2**20, "A bundle travels in messages, shards, of this size.", minimum=2**16)
 
 
 @dataclass(frozen=True, kw_only=True)

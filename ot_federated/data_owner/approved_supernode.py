@@ -57,8 +57,8 @@ from ot_federated.data_owner.message_limits import (
     MessageMeter,
     RefusedMessageError,
     allocator_environment,
-    message_limit,
 )
+from ot_federated.data_owner.node_config import message_limit
 from ot_federated.errors import ConfigError, OtFederatedError
 from ot_federated.logs import log_fields, logger, show_lines
 

@@ -12,6 +12,7 @@ from ot_federated.data_owner.approved_code import ApprovedCode
 from ot_federated.data_owner.audit_trail import choose_trail, read_trail, trail_key
 from ot_federated.data_owner.bundle_cache import BundleCache
 from ot_federated.data_owner.ledger_entries import check_dataset_id
+from ot_federated.data_owner.node_config import message_limit
 from ot_federated.data_owner.policy import load_policy
 from ot_federated.data_owner.privacy_ledger import PrivacyLedger, ledger_root, list_ledgers
 from ot_federated.errors import ConfigError, DataError, OtFederatedError, SourceError, nearest_match
@@ -31,7 +32,10 @@ from ot_federated.health import (
 )
 from ot_federated.sources import is_local_source, list_files
 
-known_keys = ("name", "data-path", "device", "cache-dir", "policy", "dataset", trail_key)
+known_keys = (
+    *("name", "data-path", "device", "cache-dir", "cache-max-bytes", "bundle-path", "max-message-bytes", "policy"),
+    *("dataset", trail_key),
+)
 # A call of SuperNodes. Empty as it is, it is refused behind the door, by the SuperLink.
 fleet_call = "/v1/fleet/pull-messages"
 
@@ -74,7 +78,7 @@ def read_node_config(path: Path) -> dict[str, Any]:
     """Read a node config.
 
     Raises:
-        ConfigError: If it cannot be read, or has a key that is not known.
+        ConfigError: If it cannot be read, or has a key that is not known or a limit that is none.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -86,6 +90,7 @@ def read_node_config(path: Path) -> dict[str, Any]:
         if key not in known_keys:
             known = ", ".join(known_keys)
             raise ConfigError(f"{path}: unknown key {key!r}{nearest_match(key, known_keys)}. The keys are {known}.")
+    message_limit(values)
     return values
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -24,12 +24,11 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from ot_federated.errors import ConfigError, OtFederatedError
+from ot_federated.errors import OtFederatedError
 
 # For the processes that answer messages. Flower fetches a message in threads, of which the C library would give each a
 # heap of its own; what is free in one is no use to another, and a shard would be in memory three times (measured).
 allocator_environment = {"MALLOC_ARENA_MAX": "1"}
-default_message_bytes = 2 * 2**30
 # Flower's chunks have 5 MiB, the pieces of a shard 4 MiB, an app bundle 10 MB at most.
 max_response_bytes = 16 * 2**20
 # What an entry of a record, and an element of a list, take as Python objects, at most.
@@ -38,18 +37,6 @@ entry_bytes, element_bytes = 512, 64
 
 class RefusedMessageError(OtFederatedError):
     """A message takes more than this data owner allows, or is none."""
-
-
-def message_limit(node_config: Mapping[str, object]) -> int:
-    """Return the node config's ``max-message-bytes``, or the default.
-
-    Raises:
-        ConfigError: If it is no size.
-    """
-    limit = node_config.get("max-message-bytes", default_message_bytes)
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        raise ConfigError(f"The node config's max-message-bytes={limit!r} is no number of bytes.")
-    return limit
 
 
 class MessageMeter:

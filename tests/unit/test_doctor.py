@@ -32,15 +32,17 @@ def etc(tmp_path: Path) -> Path:
     return directory
 
 
-def write_config(directory: Path, **changes: str) -> None:
+def write_config(directory: Path, **changes: str | int) -> None:
     root = directory.parent
-    config = {
+    config: dict[str, str | int] = {
         "data-path": str(root / "train.jsonl"),
         "policy": str(directory / "policy.toml"),
         "cache-dir": str(root / "bundles"),
         "trail": str(root / "trail.jsonl"),
         "device": "cpu",
         "dataset": "ward-7",
+        "max-message-bytes": 2**30,
+        "cache-max-bytes": 10**9,
         **changes,
     }
     (directory / "node.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items()))
@@ -69,6 +71,7 @@ def test_a_data_owner_with_everything_is_well(etc: Path) -> None:
         (lambda etc: (etc.parent / "train.jsonl").unlink(), "data", "error"),
         (lambda etc: write_config(etc, **{"data-path": ""}), "data", "error"),
         (lambda etc: write_config(etc, **{"data-pth": "x"}), "node config", "error"),
+        (lambda etc: write_config(etc, **{"max-message-bytes": 0}), "node config", "error"),
         (lambda etc: (etc / "node.toml").write_text("name = "), "node config", "error"),
         (lambda etc: write_config(etc, dataset=""), "data set", "warning"),
         (lambda etc: write_config(etc, dataset="../ward-7"), "data set", "error"),

@@ -17,7 +17,8 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from ot_federated.data_owner import message_limits
-from ot_federated.data_owner.message_limits import BoundedClient, MessageMeter, RefusedMessageError, message_limit
+from ot_federated.data_owner.message_limits import BoundedClient, MessageMeter, RefusedMessageError
+from ot_federated.data_owner.node_config import message_limit
 from ot_federated.errors import ConfigError
 
 
