@@ -39,6 +39,8 @@ contradictory = {
     "tuning.placement",
     "tuning.method",
     "offsite.realign-every-rounds",
+    "offsite.realign-steps",
+    "offsite.spread-blocks",
     "offsite.gaps",
     "evaluation.alphas",
     "evaluation.alpha-every-round",

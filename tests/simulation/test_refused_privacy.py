@@ -80,7 +80,8 @@ def prepare(tmp_path: Path, llama_directory: Path) -> Prepare:
 
 def ledger_files() -> dict[str, bytes]:
     """Return every file below the ledgers, locks left out."""
-    return {str(path): path.read_bytes() for path in ledger_root().rglob("*") if path.is_file() and path.name != "lock"}
+    files = [path for path in ledger_root().rglob("*") if path.is_file()]
+    return {str(path): path.read_bytes() for path in files if path.name != "lock" and path.parent.name != "turns"}
 
 
 def refuse(federation: Federation, trainings: list[str]) -> str:
