@@ -29,7 +29,7 @@ from ot_federated.errors import OtFederatedError
 # For the processes that answer messages. Flower fetches a message in threads, of which the C library would give each a
 # heap of its own; what is free in one is no use to another, and a shard would be in memory three times (measured).
 allocator_environment = {"MALLOC_ARENA_MAX": "1"}
-# Flower's chunks have 5 MiB, the pieces of a shard 4 MiB, an app bundle 10 MB at most.
+# Flower's chunks have 5 MiB, the pieces of a shard 1 MiB, an app bundle 10 MB at most.
 max_response_bytes = 16 * 2**20
 # What an entry of a record, and an element of a list, take as Python objects, at most.
 entry_bytes, element_bytes = 512, 64
