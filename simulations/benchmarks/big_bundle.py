@@ -1,8 +1,8 @@
 """Memory with a bundle of 1.5 GB: ``python -m simulations.benchmarks.big_bundle``.
 
-A random LLaMA in bfloat16 becomes a bundle. An owner and a client, processes of their own, exchange the messages of a
-round over a socket, as the objects that Flower cuts messages into and puts together again; between the two there is
-no SuperLink. Each process samples its own memory.
+A random LLaMA becomes a bundle, in bfloat16, or in float32 where bfloat16 is slow (``--dtype``). An owner and a client,
+processes of their own, exchange the messages of a round over a socket, as the objects that Flower cuts messages into
+and puts together again; between the two there is no SuperLink. Each process samples its own memory.
 
 ``owner``            sends hello, every shard, and ``train``
 ``client, bundle``   stores the shards
@@ -48,7 +48,7 @@ run_config: dict[str, Any] = {
 }
 
 
-def prepare(directory: Path, *, hidden: int) -> Manifest:
+def prepare(directory: Path, *, hidden: int, dtype: str) -> Manifest:
     """Write the bundle of a random model."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -67,7 +67,7 @@ def prepare(directory: Path, *, hidden: int) -> Manifest:
     )
     torch.manual_seed(0)
     default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(getattr(torch, dtype))
     try:
         model = LlamaForCausalLM(config)
     finally:
@@ -173,11 +173,11 @@ def finish(process: subprocess.Popen[str], directory: Path, part: str) -> dict[s
     return found
 
 
-def measure(directory: Path, *, hidden: int, shard_bytes: int) -> dict[str, Any]:
+def measure(directory: Path, *, hidden: int, dtype: str, shard_bytes: int) -> dict[str, Any]:
     """Run all processes and return what they needed."""
     rows = [{"question": f"What is {i}?", "choices": ["one", "two"], "answer": i % 2} for i in range(4)]
     (directory / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    finish(run_part("prepare", directory, "--hidden", str(hidden)), directory, "prepare")
+    finish(run_part("prepare", directory, "--hidden", str(hidden), "--dtype", dtype), directory, "prepare")
     manifest = read_manifest(directory / "bundle")
     pairs = [socket.socketpair(), socket.socketpair()]
     size = ("--shard-bytes", str(shard_bytes))
@@ -217,7 +217,7 @@ def run_as_part(parsed: argparse.Namespace) -> int:
     place: Path = parsed.place
     links = [socket.socket(fileno=descriptor) for descriptor in parsed.links]
     if parsed.part == "prepare":
-        prepare(place / "bundle", hidden=parsed.hidden)
+        prepare(place / "bundle", hidden=parsed.hidden, dtype=parsed.dtype)
         found: dict[str, Any] = {}
     elif parsed.part == "owner":
         found = play_owner(links, place / "bundle", shard_bytes=parsed.shard_bytes)
@@ -234,7 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write result file and figure; 1 where a target is missed."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="python -m simulations.benchmarks.big_bundle", description=__doc__)
-    parser.add_argument("--hidden", type=int, default=2048, help="width of the model; 2048 gives 1.5 GB")
+    parser.add_argument("--hidden", type=int, default=2048, help="width; 1.5 GB are 2048, or 1536 in float32")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the model")
     parser.add_argument("--shard-bytes", type=int, default=64 * 2**20)
     parser.add_argument("--output", type=Path, default=results)
     parser.add_argument("--part", help=argparse.SUPPRESS)
@@ -244,9 +245,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.part:
         return run_as_part(parsed)
     with tempfile.TemporaryDirectory(dir=parsed.place) as temporary:
-        found = measure(Path(temporary), hidden=parsed.hidden, shard_bytes=parsed.shard_bytes)
+        found = measure(Path(temporary), hidden=parsed.hidden, dtype=parsed.dtype, shard_bytes=parsed.shard_bytes)
     # Where the files go is no part of what was measured.
-    what = ["--hidden", str(parsed.hidden), "--shard-bytes", str(parsed.shard_bytes)]
+    what = ["--hidden", str(parsed.hidden), "--dtype", parsed.dtype, "--shard-bytes", str(parsed.shard_bytes)]
     write_results(
         parsed.output, command=shlex.join(["python", "-m", "simulations.benchmarks.big_bundle", *what]), **found
     )
