@@ -21,7 +21,7 @@ shows a truncated or deleted file. Who puts back an older copy of ledger and anc
 both cannot be caught from this directory: keep :attr:`PrivacyLedger.head` in a second place and pass it to
 :meth:`PrivacyLedger.verify`.
 
-*One data set, one ledger.* The key is the owner's name for the data, or :func:`identify_dataset`. A digest
+*One data set, one ledger.* The key is the owner's name for the data, or its digest (``dataset_identity.py``). A digest
 changes when one example is added, and a new ledger begins at zero although the old examples are still there:
 data that grows needs a name.
 
@@ -33,12 +33,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from ot_federated.cache import atomic_write_bytes, explain_disk_errors, file_lock, partial_suffix, state_root
 from ot_federated.data_owner.ledger_entries import (
@@ -56,7 +55,7 @@ from ot_federated.data_owner.ledger_entries import (
     parse_entries,
     restore_both,
 )
-from ot_federated.errors import ConfigError, DataError, OtFederatedError, ProtocolError
+from ot_federated.errors import ConfigError, OtFederatedError, ProtocolError
 from ot_federated.privacy_accounting import check_delta, epsilon_of
 from ot_federated.privacy_guarantee import Guarantee
 
@@ -86,35 +85,6 @@ def list_ledgers(root: Path) -> list[str]:
         return []
     names = (ledger_file, anchor_file)
     return sorted(path.name for path in root.iterdir() if any((path / name).exists() for name in names))
-
-
-def identify_dataset(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return the SHA-256 of a data set's content, whatever the order of its rows: a shuffled file is the same data.
-
-    Equal rows count each. Give it all of the owner's rows, before any of them are left out.
-
-    Raises:
-        DataError: If a row holds something that JSON cannot.
-    """
-    digests = []
-    for number, row in enumerate(rows):
-        try:
-            text = json.dumps(row, sort_keys=True, separators=(",", ":"), default=_name_bytes)
-        except (TypeError, ValueError) as error:
-            raise DataError(
-                f"Row {number} holds a value that JSON cannot ({type(error).__name__}), so the data set cannot be "
-                "identified by its content. Name the data set instead."
-            ) from error
-        digests.append(hashlib.sha256(text.encode()).digest())
-    # Sorted, not added up: sums of hashes can be made to collide.
-    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
-
-
-def _name_bytes(value: object) -> dict[str, str]:
-    """Return what stands for an image file's bytes in a row's text."""
-    if not isinstance(value, bytes):
-        raise TypeError(type(value).__name__)
-    return {"sha256": hashlib.sha256(value).hexdigest()}
 
 
 @dataclass(frozen=True)

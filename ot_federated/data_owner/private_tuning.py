@@ -17,11 +17,12 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from ot_federated.config import PrivacyConfig
+from ot_federated.data_owner.dataset_identity import identify_dataset
 from ot_federated.data_owner.differential_privacy import train_privately
 from ot_federated.data_owner.fine_tuning import load_private_model
 from ot_federated.data_owner.ledger_entries import Release
 from ot_federated.data_owner.policy import Policy
-from ot_federated.data_owner.privacy_ledger import PrivacyLedger, identify_dataset, ledger_root
+from ot_federated.data_owner.privacy_ledger import PrivacyLedger, ledger_root
 from ot_federated.data_owner.privacy_self_check import check_per_example_gradients
 from ot_federated.privacy_accounting import calibrate_noise_multiplier
 from ot_federated.privacy_guarantee import Guarantee

@@ -389,14 +389,3 @@ def test_a_loaded_adapter_shares_memory_with_neither_side(tmp_path: Path) -> Non
     assert torch.equal(run(emulated), logits)
     scramble(emulated, [0, 1])
     verify_files(parts.directory, parts.manifest)
-
-
-def test_bundle_tells_nothing_of_where_the_model_lives(tmp_path: Path) -> None:
-    home = save_family_model(tmp_path / "secret-place")
-    model, tokenizer = load_full_model(str(home), dtype=torch.float32, device="cpu")
-    stack = plan_stack(num_blocks=num_blocks, bottom=1, top=1, kept=[3], bridged=False)
-    write_bundle(
-        tmp_path / "bundle", model=model, tokenizer=tokenizer, stack=stack, bridges={}, compression="uniform+empty"
-    )
-    for path in (tmp_path / "bundle").iterdir():
-        assert b"secret-place" not in path.read_bytes(), path.name

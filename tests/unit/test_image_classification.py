@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
-from ot_federated.data_owner.privacy_ledger import identify_dataset
+from ot_federated.data_owner.dataset_identity import identify_dataset
 from ot_federated.errors import ConfigError, DataError, SourceError
 from ot_federated.model_owner.head_start import fit_head
 from ot_federated.sources import list_files, load_table

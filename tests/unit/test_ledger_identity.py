@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from ot_federated.data_owner.dataset_identity import identify_dataset
 from ot_federated.data_owner.privacy_ledger import (
     PrivacyLedger,
-    identify_dataset,
     ledger_root,
 )
 from ot_federated.errors import ConfigError, DataError

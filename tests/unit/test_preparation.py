@@ -16,7 +16,8 @@ from ot_federated.bundle import Manifest, read_manifest, verify_files
 from ot_federated.errors import ArchitectureError, ConfigError, SourceError
 from ot_federated.model_owner.full_model import load_full_model, model_fingerprint
 from ot_federated.model_owner.preparation import prepare_bundle, recipe_digest
-from tests.families import build_family_model, byte_tokenizer, save_family_model
+from ot_federated.model_owner.splitting import plan_stack, write_bundle
+from tests.families import build_family_model, byte_tokenizer, num_blocks, save_family_model
 
 Prepare = Callable[..., tuple[Path, Manifest]]
 text = ["The owner's public text, of which there is enough for a few windows. " * 40]
@@ -263,3 +264,14 @@ def test_fingerprint_of_a_copy_elsewhere_names_the_same_weights(tmp_path: Path) 
     first = model_fingerprint(str(save_family_model(tmp_path / "a")))
     second = model_fingerprint(str(save_family_model(tmp_path / "b")))
     assert {**first, "source": ""} == {**second, "source": ""}
+
+
+def test_bundle_tells_nothing_of_where_the_model_lives(tmp_path: Path) -> None:
+    home = save_family_model(tmp_path / "secret-place")
+    model, tokenizer = load_full_model(str(home), dtype=torch.float32, device="cpu")
+    stack = plan_stack(num_blocks=num_blocks, bottom=1, top=1, kept=[3], bridged=False)
+    write_bundle(
+        tmp_path / "bundle", model=model, tokenizer=tokenizer, stack=stack, bridges={}, compression="uniform+empty"
+    )
+    for path in (tmp_path / "bundle").iterdir():
+        assert b"secret-place" not in path.read_bytes(), path.name
