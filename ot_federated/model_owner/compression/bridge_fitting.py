@@ -1,7 +1,8 @@
 """Linear bridges over runs of dropped blocks, fitted in closed form on public text or images.
 
-A bridge over blocks i..j is a ridge regression of ``h_out(j) - h`` on ``h``. Two things make it better than the plain
-regression on the full model's own states, which errs more with every bridge:
+A bridge over blocks i..j is a ridge regression of ``h_out(j) - h`` on ``h``. Two things make the error of the middle's
+output smaller than that of the plain regression on the full model's own states, which grows with every bridge; whether
+the plug-in gains by it differs from one choice of blocks to another:
 
 - **In order.** ``h`` is what the emulator itself has there, with the earlier bridges and kept blocks in it, and the
   target is the full model's state. So each bridge also mends what went wrong below it, as Elias Frantar et al., "GPTQ",
