@@ -8,8 +8,10 @@ or two of them attack in every round:
 - ``label-flip`` trains on wrong labels (``5 - label``), and sends what comes of it.
 
 The table gives the owner's validation loss and accuracy after the last round, beside the same aggregator without an
-attack. An aggregator *holds* where less than a third of what the tuning gains without an attack (in loss, by the
-same aggregator) is lost. A run that fails, as training diverges or too few updates are left, is a row with its reason.
+attack. An aggregator *holds* where less than a third of what the tuning gains without an attack, by the same
+aggregator, is lost, in loss and in accuracy: before the tuning the model names one kind for all questions, so much of
+the loss falls by a better guess alone, and wrong labels show in the accuracy. A run that fails, as training diverges
+or too few updates are left, is a row with its reason.
 
 Every finished cell is kept in ``--output``; the command goes on where it was stopped. The folder is one with
 ``stories260k/`` (a transformers directory) and ``sentconv/TREC.*`` (lines of ``label text``).
@@ -44,10 +46,19 @@ from simulations.benchmarks.fault_results import update_results
 from simulations.in_process import node_id_of, run_in_process
 from simulations.label_lines import read_label_lines
 
-num_clients, num_labels, num_examples = 5, 6, 160
+num_clients, num_labels, num_examples = 5, 6, 480
 factors = {"sign-flip": -4.0, "scaling": 50.0}
 attacks = ("none", "sign-flip", "scaling", "label-flip")
 largest_share_lost = 1 / 3
+
+# Long enough that the model learns more than the commonest label: 57 % of the questions, of which that is 30 %.
+training: dict[str, Scalar] = {
+    "num-server-rounds": 4,
+    "train.learning-rate": 1e-3,
+    "train.max-steps": 30,
+    "evaluation.every-rounds": 4,
+    "evaluation.max-validation-examples": 300,
+}
 
 # What is set for so many attackers, by the aggregator's name in the table. Krum and MultiKrum promise something for
 # two of seven, not of five; with three updates averaged MultiKrum is tried there all the same.
@@ -179,7 +190,7 @@ def run_cell(
     row["num_rejected"] = sum(
         reason.startswith("rejected") for line in rounds for reason in line.get("failures", {}).values()
     )
-    row["start_loss"] = round(scores[0]["loss"], 4)
+    row["start_loss"], row["start_accuracy"] = (round(scores[0][measure], 4) for measure in ("loss", "accuracy"))
     if last and not row.get("failed"):
         loss = scores[last]["loss"]
         row["loss"] = round(loss, 4) if np.isfinite(loss) else None
@@ -197,17 +208,26 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if clean is None or clean.get("loss") is None:
             judged.append(row)
             continue
-        gain = clean["start_loss"] - clean["loss"]
-        lost = None if row.get("loss") is None else round((row["loss"] - clean["loss"]) / gain, 3)
+        lost = {measure: share_lost(row, clean, measure) for measure in ("loss", "accuracy")}
         judged.append(
             {
                 **row,
                 "clean_loss": clean["loss"],
-                "share_of_gain_lost": lost,
-                "holds": lost is not None and lost < largest_share_lost,
+                "clean_accuracy": clean["accuracy"],
+                "share_of_gain_lost": lost["loss"],
+                "share_of_accuracy_gain_lost": lost["accuracy"],
+                "holds": all(share is not None and share < largest_share_lost for share in lost.values()),
             }
         )
     return judged
+
+
+def share_lost(row: Mapping[str, Any], clean: Mapping[str, Any], measure: str) -> float | None:
+    """Return the share of what the same aggregator gains without an attack that a row lost; None where it has none."""
+    if row.get("loss") is None:
+        return None
+    gain = clean[f"start_{measure}"] - clean[measure]
+    return round(float((row[measure] - clean[measure]) / gain), 3)
 
 
 def plan_cells() -> list[tuple[str, str, int]]:
@@ -232,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_data(source, output / "data")
     rows = []
     for aggregator, attack, count in plan_cells():
-        settings = aggregators[aggregator](count)
+        settings = training | aggregators[aggregator](count)
         path = output / "cells" / f"{aggregator.replace(', ', '-').replace(' ', '-')}_{attack}_{count}.json"
         known = json.loads(path.read_text()) if path.is_file() else None
         if known is None or known["settings"] != settings:

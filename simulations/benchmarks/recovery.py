@@ -3,8 +3,8 @@
 Every cell is a whole run in a process of its own: one client with all data (centralised), or a federation. A cell that
 is done is not run again, one that was interrupted goes on from its last round, one that failed is reported and does
 not stop the others. What the cells of a task and seed share, the full model before and after fine-tuning, is measured
-once. Where an emulator has candidates (learning rates, say), they compete at the first seed by the plug-in's loss on
-validation data; test data decides nothing.
+once. Where an emulator has candidates (learning rates, say), they compete at the first task and seed by the plug-in's
+loss on validation data; test data decides nothing.
 """
 
 from __future__ import annotations
@@ -122,14 +122,14 @@ def run_benchmark(
 
 
 def best_candidate(cell: Cell, cells: Sequence[Cell], directory: Path) -> dict[str, Scalar] | None:
-    """Return the settings that were best on validation data at the first seed of a cell's group, so far."""
+    """Return the settings that were best on validation data where a cell's group chooses, so far."""
     rivals = [c for c in cells if group_of(c) == group_of(cell) and is_first(c, cells)]
     found = [(result["validation_loss"], candidate_of(c)) for c in rivals if (result := read_cell(directory, c))]
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
 def is_wanted(cell: Cell, cells: Sequence[Cell], directory: Path) -> bool:
-    """Say whether a cell is to be run: all of the first seed, and of the others those with the chosen settings."""
+    """Say whether a cell is to be run: all where settings are chosen, and elsewhere those with the chosen ones."""
     return is_first(cell, cells) or candidate_of(cell) == best_candidate(cell, cells, directory)
 
 

@@ -6,7 +6,7 @@ Tables of the file::
     [task.NAME]        keys of a task; cut = { source, train, validation, test } divides a set that has one split,
                        and cut:train, cut:validation and cut:test then name its parts
     [emulator.NAME]    keys of an emulator; candidates = { KEY = [values] } are settings to choose from by the plug-in's
-                       loss on validation data, at the first seed
+                       loss on validation data, at the first task and seed; all others take what was chosen there
     [federation.NAME]  keys of a way to run it, num-clients among them
     [full]             full fine-tuning: epochs, candidates, and keys
     [[override]]       keys of the cells that ``when`` names, by task, emulator, federation or seed
@@ -145,8 +145,8 @@ def _read_full(table: dict[str, Any], file: str) -> FullFineTuning:
 
 
 def group_of(cell: Cell) -> tuple[Scalar, ...]:
-    """Return what a cell is besides its seed and what was chosen for it."""
-    return tuple(cell.point[axis] for axis in _axes)
+    """Return what the cells have in common for which settings are chosen together."""
+    return cell.point["emulator"], cell.point["federation"]
 
 
 def candidate_of(cell: Cell) -> dict[str, Scalar]:
@@ -155,5 +155,6 @@ def candidate_of(cell: Cell) -> dict[str, Scalar]:
 
 
 def is_first(cell: Cell, cells: Sequence[Cell]) -> bool:
-    """Say whether a cell has the first seed of its group: there the candidates compete."""
-    return cell.point["seed"] == next(c.point["seed"] for c in cells if group_of(c) == group_of(cell))
+    """Say whether a cell has the first task and seed of its group: there the candidates compete."""
+    first = next(c for c in cells if group_of(c) == group_of(cell))
+    return (cell.point["task"], cell.point["seed"]) == (first.point["task"], first.point["seed"])
