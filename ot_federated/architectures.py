@@ -9,11 +9,13 @@ heads need no special case here. A classification head, where the task has one, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ot_federated.errors import ArchitectureError, ConfigError, nearest_match
+from ot_federated.timm_models import check_timm_config, complete_timm_config, timm_model_type
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,12 +60,19 @@ class Architecture:
         head: Path of the classification head in a model that has one.
         size_argument: Argument that lets the model read images of another size than its config's, if it needs one.
         section: Field of the config that holds the blocks' own config, where one config describes several models.
+        section_fields: transformers' usual name and the section's own, of each field that is read there, where the
+            section is a plain dictionary.
         block_returns_tuple: Whether a block returns ``(hidden_states, ...)`` and not hidden states alone.
         per_block_fields: Config fields that hold one entry a block and must be cut with the blocks.
         dropped_fields: Config fields that name blocks by number and are of no use here.
         unsupported: Config fields that make a block depend on its index, with the value that does no harm.
         sublayer_outputs: Names, inside a block, of the projections that end attention and the feed-forward part:
             bottleneck adapters stand behind them.
+        uncalled: Names, inside a block, of linear layers whose weights are used without calling the layer: what LoRA
+            puts around them would change nothing.
+        check: Raises an error where a config is none of the family, though its model type is the family's.
+        complete: Writes into the full model's config, before it is loaded, the fields that are read here and that it
+            leaves to defaults.
         layers: Where a block keeps its linear layers; empty where blocks are only kept or dropped.
     """
 
@@ -74,11 +83,15 @@ class Architecture:
     head: str = "score"
     size_argument: str = ""
     section: str = ""
+    section_fields: tuple[tuple[str, str], ...] = ()
     block_returns_tuple: bool = False
     per_block_fields: tuple[str, ...] = ()
     dropped_fields: tuple[str, ...] = ()
     unsupported: tuple[tuple[str, object], ...] = ()
     sublayer_outputs: tuple[str, ...] = ()
+    uncalled: tuple[str, ...] = ()
+    check: Callable[[Any], None] | None = None
+    complete: Callable[[Any], None] | None = None
     layers: BlockLayers = BlockLayers()
 
 
@@ -211,6 +224,28 @@ for _architecture in (
         )
         for family, model_type in (("DINOv2", "dinov2"), ("DINOv2 with registers", "dinov2_with_registers"))
     ),
+    Architecture(
+        family="EVA",
+        model_types=(timm_model_type,),
+        blocks="timm_model.blocks",
+        kind="image",
+        head="timm_model.head",
+        section="model_args",
+        section_fields=(
+            ("num_hidden_layers", "depth"),
+            ("hidden_size", "embed_dim"),
+            ("image_size", "img_size"),
+            ("patch_size", "patch_size"),
+            ("num_channels", "in_chans"),
+        ),
+        # The classes once more, under timm's names; where timm's hub has the weights.
+        dropped_fields=("num_classes", "label_names", "pretrained_cfg"),
+        sublayer_outputs=("attn.proj", "mlp.fc2"),
+        # Where queries, keys and values are one matrix, its biases are two parameters and a buffer beside it.
+        uncalled=("attn.qkv",),
+        check=check_timm_config,
+        complete=complete_timm_config,
+    ),
 ):
     register_architecture(_architecture)
 
@@ -237,6 +272,8 @@ def find_architecture(config: Any) -> Architecture:
                 f"{architecture.family} with {name}={getattr(config, name)!r} cannot be split: its blocks depend on "
                 f"their index. Use a model with {name}={harmless!r}."
             )
+    if architecture.check:
+        architecture.check(config)
     return architecture
 
 
@@ -269,8 +306,12 @@ def find_head(model: nn.Module, architecture: Architecture) -> nn.Module | None:
 
 
 def block_config(config: Any, architecture: Architecture) -> Any:
-    """Return the part of a config that describes the blocks."""
-    return getattr(config, architecture.section) if architecture.section else config
+    """Return the part of a config that describes the blocks, its fields under transformers' usual names."""
+    part = getattr(config, architecture.section) if architecture.section else config
+    if architecture.section_fields:
+        fields = {usual: (part or {}).get(own) for usual, own in architecture.section_fields}
+        return SimpleNamespace(**fields, attribute_map=dict(architecture.section_fields))
+    return part
 
 
 def choose_auto_class(architecture: Architecture, *, classifies: bool) -> Any:
@@ -320,6 +361,9 @@ def cut_config(config: Any, architecture: Architecture, *, positions: list[int])
     Names and paths that tell where the full model lives are left out.
     """
     cut: dict[str, Any] = config.to_dict()
+    # Some families write the classes under names that their config does not read.
+    cut.setdefault("id2label", config.id2label)
+    cut.setdefault("label2id", config.label2id)
     blocks_part = cut[architecture.section] if architecture.section else cut
     for name in architecture.per_block_fields:
         values = blocks_part.get(name)

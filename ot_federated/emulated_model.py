@@ -51,12 +51,19 @@ def read_bundle_tensors(directory: Path, manifest: Manifest) -> dict[str, torch.
     tensors: dict[str, torch.Tensor] = {}
     for name in weight_files:
         tensors.update(read_tensors(directory / name))
-    if not manifest.packed:
-        return tensors
+    return unpack(tensors, manifest.packed, dtype=weight_type(manifest)) if manifest.packed else tensors
+
+
+def weight_type(manifest: Manifest) -> torch.dtype:
+    """Return the type of a bundle's weights.
+
+    Raises:
+        BundleError: If the manifest names none.
+    """
     dtype = getattr(torch, manifest.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise BundleError(f"The manifest's type {manifest.dtype!r} is none that weights have.")
-    return unpack(tensors, manifest.packed, dtype=dtype)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise BundleError(f"The manifest's type {manifest.dtype!r:.100} is none that weights have.")
+    return dtype
 
 
 def load_emulated_model(directory: Path, manifest: Manifest, *, device: str = "cpu") -> PreTrainedModel:
@@ -93,9 +100,10 @@ def build_emulated_model(manifest: Manifest, tensors: Mapping[str, torch.Tensor]
         if depth != len(manifest.stack):
             raise BundleError(f"The bundle's config has {depth!r:.100} blocks, its stack {len(manifest.stack)}.")
         # Parameters stay on the meta device until the bundle's tensors take their place; buffers (rotary
-        # frequencies, for one) are computed for real because no file carries them.
+        # frequencies, for one) are computed for real because no file carries them, and in the type that
+        # from_pretrained gives them beside weights of this type.
         with init_empty_weights(include_buffers=False):
-            model = auto_class.from_config(config, trust_remote_code=False)
+            model = auto_class.from_config(config, trust_remote_code=False, dtype=weight_type(manifest))
             blocks = get_blocks(model, architecture)
             if len(blocks) != len(manifest.stack):
                 raise BundleError(f"The bundle's config has {len(blocks)} blocks, its stack {len(manifest.stack)}.")

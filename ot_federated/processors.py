@@ -1,11 +1,15 @@
 """What turns rows into a model's inputs and travels with it: a tokenizer, or an image processor.
 
-transformers' image processors on Pillow and numpy are used where torchvision is not there, and give the same numbers.
+Of transformers' image processors those on Pillow and numpy are used, though torchvision may be there: it gives other
+numbers, and parties that have it and parties that have not would train on different pixels.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ot_federated.architectures import Architecture, block_config
@@ -23,9 +27,20 @@ def load_processor(place: str, *, kind: str, **arguments: Any) -> Processor:
     """Load the processor of a model that reads ``kind``: ``text`` or ``image``; no code from the source is run."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    auto_class: Any = AutoImageProcessor if kind == "image" else AutoTokenizer
-    processor: Processor = auto_class.from_pretrained(place, trust_remote_code=False, **arguments)
+    if kind == "image":
+        processor: Processor = AutoImageProcessor.from_pretrained(
+            place, trust_remote_code=False, backend="pil", **arguments
+        )
+    else:
+        processor = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **arguments)
     return processor
+
+
+def build_image_processor(described: Mapping[str, Any]) -> Processor:
+    """Return the image processor that ``preprocessor_config.json`` with this content stands for."""
+    with TemporaryDirectory() as directory:
+        (Path(directory) / image_processor_file).write_text(json.dumps(described))
+        return load_processor(directory, kind="image")
 
 
 def load_bundle_processor(directory: Path) -> Processor:
@@ -62,7 +77,6 @@ def set_image_size(processor: Any, size: int, *, architecture: Architecture, con
             f"{lower + patch}."
         )
     square = {"height": size, "width": size}
-    if "shortest_edge" in dict(processor.size):
-        processor.size, processor.crop_size = {"shortest_edge": size}, square
-    else:
-        processor.size = square
+    processor.size = {"shortest_edge": size} if "shortest_edge" in dict(processor.size) else square
+    if getattr(processor, "crop_size", None):
+        processor.crop_size = square

@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -16,6 +17,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     ViTImageProcessorPil,
 )
+
+from ot_federated.architectures import find_architecture, find_head
+from ot_federated.errors import SourceError
+from ot_federated.timm_models import import_timm
 
 num_blocks = 8
 _llama_like = {
@@ -78,8 +83,40 @@ _image_families: dict[str, dict[str, Any]] = {
     "clip": {"vision_config": _vit_like, "text_config": _clip_text},
     "dinov2": _vit_like,
     "dinov2_with_registers": _vit_like,
+    "timm_wrapper": {
+        "architecture": "eva02_tiny_patch14_224",
+        "model_args": {
+            "depth": num_blocks,
+            "embed_dim": 32,
+            "num_heads": 4,
+            "img_size": 28,
+            "patch_size": 7,
+            "in_chans": 3,
+            "dynamic_img_size": True,
+        },
+    },
 }
 image_family_names = tuple(_image_families)
+
+
+def why_no_timm() -> str:
+    """Return why timm cannot be imported; empty where it can."""
+    try:
+        import_timm()
+    except SourceError as error:
+        return str(error)
+    return ""
+
+
+needs_timm = pytest.mark.skipif(bool(why_no_timm()), reason=why_no_timm())
+
+
+def family_param(family: str) -> Any:
+    """Return a family as a test's parameter: a skipped one where what it needs cannot be imported."""
+    return pytest.param(family, marks=needs_timm if family == "timm_wrapper" else ())
+
+
+image_families = [family_param(family) for family in image_family_names]
 
 
 def _draw_weights(model: torch.nn.Module) -> None:
@@ -128,10 +165,17 @@ def save_family_model(directory: Path, family: str = "llama", *, tied: bool = Tr
     return directory
 
 
-def save_image_model(directory: Path, family: str = "vit", *, seed: int = 0, classes: int = 2) -> Path:
+def get_head(model: PreTrainedModel) -> Any:
+    """Return a model's classification head."""
+    head = find_head(model, find_architecture(model.config))
+    assert head is not None
+    return head
+
+
+def save_image_model(directory: Path, family: str = "vit", *, seed: int = 0, classes: int = 2, **fields: Any) -> Path:
     """Write a small random image model and its image processor as a save_pretrained directory."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **_image_families[family])
+    config = AutoConfig.for_model(family, **{**_image_families[family], **fields})
     config.num_labels = classes
     model = AutoModelForImageClassification.from_config(config).eval()
     _draw_weights(model)

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from ot_federated.architectures import choose_auto_class, find_architecture, find_head
 from ot_federated.errors import ConfigError, SourceError
 from ot_federated.package_assets import resolve_model_directory
-from ot_federated.processors import load_processor
+from ot_federated.processors import build_image_processor, load_processor
+from ot_federated.timm_models import describe_timm_processor, import_timm, timm_model_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +47,7 @@ def load_full_model(
         SourceError: If the source cannot be found or read.
         ArchitectureError: If the model's family is not in the architecture table.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     directory = resolve_model_directory(source)
     if directory:
@@ -55,6 +56,9 @@ def load_full_model(
     arguments = {"revision": revision} if revision and directory is None else {}
     try:
         # The family first: it costs a small file, the weights may cost an hour.
+        described, _ = PreTrainedConfig.get_config_dict(place, **arguments)
+        if described.get("model_type") == timm_model_type:
+            import_timm()  # before transformers, whose error names no extra
         config = AutoConfig.from_pretrained(place, trust_remote_code=False, **arguments)
         architecture = find_architecture(config)
         if architecture.kind != reads:
@@ -64,7 +68,12 @@ def load_full_model(
             )
         auto_class = choose_auto_class(architecture, classifies=bool(classes))
         keeps_head = not classes or set_classes(config, classes)
-        processor = load_processor(place, kind=reads, **arguments)
+        if settings := getattr(config, "pretrained_cfg", None):  # timm's, which stands for a processor's file
+            processor = build_image_processor(describe_timm_processor(settings))
+        else:
+            processor = load_processor(place, kind=reads, **arguments)
+        if architecture.complete:
+            architecture.complete(config)
         loaded: Any = auto_class.from_pretrained(
             place,
             config=config,

@@ -21,7 +21,7 @@ def inject(places: Places, tuning: Tuning) -> dict[str, nn.Parameter]:
         ConfigError: If the family has none.
     """
     del tuning
-    biases = {name: parameter for name, parameter in places.parameters().items() if name.endswith(".bias")}
+    biases = {name: parameter for name, parameter in places.parameters().items() if name.endswith((".bias", "_bias"))}
     if not biases:
         raise ConfigError(
             f"tuning.method='bitfit' trains biases, and the blocks of a {places.model.config.model_type} model have "

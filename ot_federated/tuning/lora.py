@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ot_federated.architectures import find_architecture
 from ot_federated.tuning.settings import (
     Method,
     Places,
@@ -40,7 +41,10 @@ def inject(places: Places, tuning: Tuning) -> dict[str, nn.Parameter]:
     """Wrap the blocks' linear layers and return A and B, or B alone where A is frozen."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    targets = [places.full_name(name) for name, module in places.modules() if is_linear(module)]
+    uncalled = tuple(f".{name}" for name in find_architecture(places.model.config).uncalled)
+    targets = [
+        places.full_name(name) for name, module in places.modules() if is_linear(module) and not name.endswith(uncalled)
+    ]
     alpha: Any = tuning.lora_alpha  # PEFT annotates int, and scales by any number
     config = LoraConfig(
         r=tuning.lora_r, lora_alpha=alpha, target_modules=targets, fan_in_fan_out=uses_conv1d(places.model)

@@ -37,7 +37,7 @@ from ot_federated.tuning import (
     uses_conv1d,
 )
 from ot_federated.tuning.methods import check_family, methods
-from tests.families import build_family_model, byte_tokenizer, family_names
+from tests.families import build_family_model, byte_tokenizer, family_names, family_param
 from tests.reference.tuning_parts import build, build_image_model, logits, pixels, random_state
 
 settings = {
@@ -129,7 +129,7 @@ image_settings = {name: tuning for name, tuning in settings.items() if tuning.me
 
 
 @pytest.mark.parametrize("name", image_settings)
-@pytest.mark.parametrize("family", ["vit", "dinov2"])
+@pytest.mark.parametrize("family", ["vit", "dinov2", family_param("timm_wrapper")])
 def test_round_trip_of_an_image_model_with_its_head(family: str, name: str, tmp_path: Path) -> None:
     tuning = replace(image_settings[name], placement="top")
     model = build_image_model(family)

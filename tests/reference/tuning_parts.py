@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +36,11 @@ def build_image_model(family: str) -> PreTrainedModel:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
     ffn = {"mlp_ratio": 2} if family == "dinov2" else {"intermediate_size": 48}
-    config = AutoConfig.for_model(family, num_labels=4, **sizes, **ffn)
+    fields: dict[str, Any] = {**sizes, **ffn}
+    if family == "timm_wrapper":
+        arguments = {"embed_dim": 32, "depth": 3, "num_heads": 4, "img_size": 28, "patch_size": 14, "in_chans": 3}
+        fields = {"architecture": "eva02_tiny_patch14_224", "model_args": arguments}
+    config = AutoConfig.for_model(family, num_labels=4, **fields)
     model: PreTrainedModel = AutoModelForImageClassification.from_config(config).eval().requires_grad_(False)
     return model
 

@@ -1,4 +1,4 @@
-"""Image classification from end to end on a small ViT: the head is trained, aggregated, resumed and delivered."""
+"""Image classification from end to end on small models: the head is trained, aggregated, resumed and delivered."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from tests.families import save_image_model
+from ot_federated.architectures import find_architecture
+from tests.families import family_param, get_head, save_image_model
 from tests.federations import run_federation
 
 pytest.importorskip("sklearn")
@@ -27,8 +28,9 @@ digits = {
 }
 
 
-def test_a_head_is_tuned_and_delivered(tmp_path: Path) -> None:
-    model = save_image_model(tmp_path / "vit")
+@pytest.mark.parametrize("family", ["vit", family_param("timm_wrapper")])
+def test_a_head_is_tuned_and_delivered(family: str, tmp_path: Path) -> None:
+    model = save_image_model(tmp_path / "model", family)
     run = run_federation(
         tmp_path, model, settings={**digits, "num-server-rounds": 2, "evaluation.full-fine-tuning": True}
     )
@@ -44,7 +46,8 @@ def test_a_head_is_tuned_and_delivered(tmp_path: Path) -> None:
     assert delivered.config.id2label == {number: str(number) for number in range(10)}
     assert AutoImageProcessor.from_pretrained(run.output / "model").size["height"] == 28
     adapter = load_file(run.output / "adapter" / "adapter.safetensors")
-    assert (adapter["classifier.weight"] == delivered.get_submodule("classifier").weight).all()
+    head = find_architecture(delivered.config).head
+    assert (adapter[f"{head}.weight"] == get_head(delivered).weight).all()
     assert "AutoModelForImageClassification" in (run.output / "model" / "README.md").read_text()
 
 

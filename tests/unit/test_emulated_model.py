@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,13 @@ def test_an_adapter_is_written_to_memory_not_to_the_file(bundle):
     load_adapter(model, adapter, manifest)
     assert all(bool((p == 0.25).all()) for p in adapter_parameters(model, manifest).values())
     assert hashlib.sha256((directory / "adapter.safetensors").read_bytes()).hexdigest() == before
+
+
+@pytest.mark.parametrize("dtype", ["no_such_type", "int64", "nn"])
+def test_a_type_that_weights_cannot_have_is_refused(bundle, dtype: str):
+    directory, manifest = bundle
+    with pytest.raises(BundleError, match=f"'{dtype}' is none that weights have"):
+        load_emulated_model(directory, replace(manifest, dtype=dtype))
 
 
 def test_a_process_loads_the_model_once(bundle):
