@@ -1,4 +1,4 @@
-"""What is done between rounds and at delivery, compared on equal terms: LoRA's aggregation, realignment, alpha.
+"""Choices of a federation on equal terms: LoRA's aggregation, realignment, alpha, which blocks are tuned.
 
     python -m simulations.benchmarks.between_rounds [KEY=VALUE ...] [--seeds 0,1,2] [--only NAME,...]
 
@@ -30,6 +30,9 @@ cells: dict[str, dict[str, Scalar]] = {
     "full, alpha at delivery": {"evaluation.alphas": "0,0.25,0.5,0.75,1,1.25,1.5"},
     "full, alpha every round": {"evaluation.alphas": "0,0.5,0.75,1,1.25,1.5", "evaluation.alpha-every-round": True},
     "full, best round": {"evaluation.deliver": "best"},
+    "full, bottom alone": {"tuning.placement": "bottom"},
+    "full, top alone": {"tuning.placement": "top"},
+    "full, spread alone": {"tuning.placement": "spread", "offsite.spread-blocks": 4},
     "lora, mean": lora,
     "lora, truncated": lora | {"tuning.lora-aggregation": "truncated"},
     "lora, exact": lora | {"tuning.lora-aggregation": "exact"},
