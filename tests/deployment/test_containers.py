@@ -90,10 +90,12 @@ def compose(tmp_path_factory: pytest.TempPathFactory, llama_directory: Path) -> 
     config = small_settings(srv / "model", data=rows, output=Path(state) / "runs/first")
     config |= {f"data.{part}": str(srv / rows.name) for part in ("train", "validation", "test")}
     (data / "run.toml").write_text(to_toml({**config, "strategy.min-nodes": 1}))
+    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     services = {
-        "superlink": {"volumes": [f"{keys}:/etc/ot-federated/keys:ro", f"{data}:{srv}:ro"]},
+        "superlink": {"environment": threads, "volumes": [f"{keys}:/etc/ot-federated/keys:ro", f"{data}:{srv}:ro"]},
         "nginx": {"volumes": [f"{keys}:/etc/ot-federated/keys:ro"]},
         "supernode": {
+            "environment": threads,
             "volumes": [f"{etc}:/etc/ot-federated:ro", f"{data}:{srv}:ro"],
             "extra_hosts": ["fl.example.org:host-gateway"],
         },
