@@ -48,6 +48,15 @@ def test_the_compose_file_starts_the_scripts_that_are_there() -> None:
             named = not source.startswith((".", "/"))
             assert not named or source in compose["volumes"]
             assert target.startswith("/")
+    # Models and data: the ServerApp runs in the SuperLink's container.
+    for name in ("superlink", "supernode"):
+        assert "/srv/ot-federated:/srv/ot-federated:ro" in services[name]["volumes"]
+    # A directory that comes about for a file mounted into it is root's, and Flower writes the app beside its
+    # configuration: it must be in the image, from which a new volume takes it with its owner.
+    superlink, image = services["superlink"], (deploy / "Dockerfile").read_text()
+    home = superlink["environment"]["FLWR_HOME"]
+    assert f"mkdir -p {home} && chown -R ot-federated {superlink['working_dir']}" in image
+    assert home.startswith(f"{superlink['working_dir']}/")
     # The SuperLink's port is published nowhere: only nginx's, which shares its network.
     assert services["superlink"]["ports"] == ["9443:9443"]
     assert services["nginx"]["network_mode"] == "service:superlink"
