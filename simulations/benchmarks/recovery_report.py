@@ -203,11 +203,22 @@ def write_report(
         command=command,
         cells=[{name: result[name] for name in json_fields} for result in chosen],
         tuning=tuning,
-        full_fine_tuning=[{name: part[name] for name in ("settings", "chosen", "candidates")} for part in shared],
+        full_fine_tuning=[
+            {"settings": without_places(part["settings"]), "chosen": part["chosen"], "candidates": part["candidates"]}
+            for part in shared
+        ],
         predictor_agreement=agreement(chosen),
     )
     atomic_write_text(directory / "recovery.md", describe_results(results) + "\n")
     draw(chosen, directory)
+
+
+def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings in which files of this machine are known by their names alone."""
+    return {
+        key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        for key, value in settings.items()
+    }
 
 
 def draw(results: Sequence[Result], directory: Path) -> None:
@@ -245,16 +256,14 @@ Points = dict[str, list[tuple[float, float, float, float]]]
 
 
 def mean_points(results: Sequence[Result], measure: str) -> Points:
-    """Return by emulator and federation its bytes, and its recovery's mean and interval over tasks and seeds."""
-    return {
-        f"{emulator}, {federation}": [
-            (
-                mean(cell["emulator_bytes_fraction"] for cell in cells),
-                *interval_of([cell["recovery"][measure] for cell in cells]),
-            )
-        ]
-        for (emulator, federation), cells in group(results, "emulator", "federation").items()
-    }
+    """Return by emulator and federation its bytes, and the mean and interval over seeds of its tasks' recovery."""
+    points = {}
+    for (emulator, federation), cells in group(results, "emulator", "federation").items():
+        by_seed = [pooled_recovery(part, measure) for part in group(cells, "seed").values()]
+        if known := [value for value in by_seed if value is not None]:
+            size = mean(cell["emulator_bytes_fraction"] for cell in cells)
+            points[f"{emulator}, {federation}"] = [(size, *interval_of(known))]
+    return points
 
 
 def gap_points(results: Sequence[Result], measure: str) -> Points:
