@@ -25,7 +25,16 @@ from simulations.benchmarks.recovery_plan import FullFineTuning, cut_prefix
 
 # What the full model's rows depend on, besides the settings of full fine-tuning itself.
 _shared_tables = ("task.", "model.", "data.", "evaluation.")
-_client_keys = ("data.partitioner", "data.dirichlet-alpha", "data.partition-column")
+# What of these concerns the clients, or the plug-in's delivery, alone.
+_other_keys = (
+    "data.partitioner",
+    "data.dirichlet-alpha",
+    "data.partition-column",
+    "evaluation.every-rounds",
+    "evaluation.alphas",
+    "evaluation.alpha-every-round",
+    "evaluation.deliver",
+)
 _optimizer_keys = ("train.batch-size", "train.weight-decay", "train.warmup-fraction", "train.lr-schedule")
 
 
@@ -37,7 +46,7 @@ def shared_settings(settings: Mapping[str, Scalar], full: FullFineTuning) -> dic
         for key, value in wanted.items()
         if key == "seed"
         or key in (*_optimizer_keys, "train.max-grad-norm")
-        or (key.startswith(_shared_tables) and key not in _client_keys)
+        or (key.startswith(_shared_tables) and key not in _other_keys)
     }
 
 
