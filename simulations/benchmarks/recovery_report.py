@@ -262,7 +262,9 @@ def mean_points(results: Sequence[Result], measure: str) -> Points:
         by_seed = [pooled_recovery(part, measure) for part in group(cells, "seed").values()]
         if known := [value for value in by_seed if value is not None]:
             size = mean(cell["emulator_bytes_fraction"] for cell in cells)
-            points[f"{emulator}, {federation}"] = [(size, *interval_of(known))]
+            # Of two seeds an interval is many times wider than what they differ by, and would be all that is seen.
+            shown = interval_of(known) if len(known) > 2 else (mean(known),) * 3
+            points[f"{emulator}, {federation}"] = [(size, *shown)]
     return points
 
 
