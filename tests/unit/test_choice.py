@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from ot_federated.errors import ConfigError
 from ot_federated.model_owner.compression.choice import choose_blocks
@@ -131,3 +132,9 @@ def test_without_public_text_it_says_what_to_do() -> None:
         choose(build_family_model("llama"), "cka", windows=None)
     with pytest.raises(ConfigError, match=r"'gradients' is not one of uniform.*did you mean 'gradient'"):
         choose(build_family_model("llama"), "gradients")
+
+
+def test_gradient_is_refused_where_no_token_is_predicted() -> None:
+    model = AutoModelForSequenceClassification.from_config(build_family_model("llama").config)
+    with pytest.raises(ConfigError, match=r"offsite.keep='gradient' is for language models.*take offsite.keep=uniform"):
+        choose(model, "gradient")

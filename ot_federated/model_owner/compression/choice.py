@@ -10,6 +10,7 @@ import torch
 from ot_federated.errors import ConfigError, nearest_match
 from ot_federated.model_owner.compression.calibration import block_influence
 from ot_federated.model_owner.compression.cka_clusters import block_similarity, keep_cluster_centres
+from ot_federated.model_owner.compression.distillation import predicts_tokens
 from ot_federated.model_owner.compression.gradient_keeping import keep_gradient_preserving
 from ot_federated.model_owner.compression.keeping import keep_influential, keep_uniform
 from ot_federated.tasks.losses import num_public_tokens
@@ -47,7 +48,7 @@ def choose_blocks(
         say: Told what is going on.
 
     Raises:
-        ConfigError: If the way is unknown, or needs public text and has none.
+        ConfigError: If the way is unknown, needs public text and has none, or needs a model that predicts tokens.
     """
     if keep not in ("uniform", "influence", "cka", "gradient"):
         ways = ("uniform", "influence", "cka", "gradient")
@@ -59,8 +60,11 @@ def choose_blocks(
         return [others[place] for place in keep_uniform(first=0, last=len(others) - 1, num_kept=num_kept)]
     if windows is None:
         raise ConfigError(f"offsite.keep={keep!r} needs public text: set offsite.public-text, or take uniform.")
-    if keep == "gradient" and windows.is_floating_point():
-        raise ConfigError("offsite.keep='gradient' is for texts: for images take uniform, influence or cka.")
+    if keep == "gradient" and not predicts_tokens(model, windows):
+        raise ConfigError(
+            "offsite.keep='gradient' is for language models: with a classification head, on texts or images, take "
+            "offsite.keep=uniform, influence or cka."
+        )
     say(f"Choosing middle blocks by {keep} on public text or images")
     if keep == "influence":
         num_windows = max(1, num_influence_tokens * len(windows) // num_public_tokens(model, windows))
