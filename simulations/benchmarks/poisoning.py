@@ -225,11 +225,15 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def share_lost(row: Mapping[str, Any], clean: Mapping[str, Any], measure: str) -> float | None:
-    """Return the share of what the same aggregator gains without an attack that a row lost; None where it has none."""
-    if row.get("loss") is None:
+    """Return the share of what the same aggregator gains without an attack that a row lost.
+
+    None where the row has no score, or the aggregator gains nothing that could be lost.
+    """
+    sign = 1 if measure == "accuracy" else -1
+    gain = sign * (clean[measure] - clean[f"start_{measure}"])
+    if row.get("loss") is None or gain <= 0:
         return None
-    gain = clean[f"start_{measure}"] - clean[measure]
-    return round(float((row[measure] - clean[measure]) / gain), 3)
+    return round(float(sign * (clean[measure] - row[measure]) / gain), 3)
 
 
 def plan_cells() -> list[tuple[str, str, int]]:
