@@ -38,7 +38,7 @@ from ot_federated.cache import (
     require_free_bytes,
 )
 from ot_federated.data_owner.cache_eviction import hold, make_room, touch
-from ot_federated.errors import BundleError
+from ot_federated.errors import BundleError, OtFederatedError
 
 cache_variable = "OT_FEDERATED_BUNDLE_CACHE"
 max_shard_bytes = 2**30
@@ -72,6 +72,9 @@ class BundleCache:
 
         The files were verified when the bundle was completed; here the manifest and the sizes are checked, which
         is cheap enough for every message.
+
+        Raises:
+            OtFederatedError: If the bundle is there and the disk refuses to read it; it stays, for it may be whole.
         """
         directory = self.root / check_digest(digest)
         if not directory.is_dir():
@@ -79,8 +82,13 @@ class BundleCache:
         try:
             manifest = read_manifest(directory, digest=digest)
             whole = all((directory / file.name).stat().st_size == file.num_bytes for file in manifest.files)
-        except (BundleError, OSError):
+        except (BundleError, FileNotFoundError):
             whole = False
+        except OSError as error:
+            raise OtFederatedError(
+                f"The bundle in {directory} cannot be read ({error}). It is left as it is; mend its permissions or "
+                "the disk, or delete the directory to have it sent again."
+            ) from error
         if not whole:
             shutil.rmtree(directory, ignore_errors=True)
             return None

@@ -122,7 +122,9 @@ def run_benchmark(
 
 
 def best_candidate(cell: Cell, cells: Sequence[Cell], directory: Path) -> dict[str, Scalar] | None:
-    """Return the settings that were best on validation data where a cell's group chooses, so far."""
+    """Return the settings that were best on validation data where a cell's group chooses, so far; None: not known."""
+    if not candidate_of(cell):
+        return {}
     rivals = [c for c in cells if group_of(c) == group_of(cell) and is_first(c, cells)]
     found = [(result["validation_loss"], candidate_of(c)) for c in rivals if (result := read_cell(directory, c))]
     return min(found, key=lambda pair: pair[0])[1] if found else None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -227,6 +230,25 @@ def test_truncated_file_of_a_complete_bundle_is_noticed_and_removed(sender: Send
     assert not (root / sender.digest).exists()
     complete(sender, root)
     assert BundleCache(root).find(sender.digest)
+
+
+@pytest.mark.parametrize("name", [manifest_name, "frozen.safetensors"])
+def test_bundle_that_the_disk_refuses_to_read_is_not_thrown_away(
+    sender: Sender, root: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = complete(sender, root)
+    stat = Path.stat
+
+    def refuse(path: Path, **options: Any) -> os.stat_result:
+        if path.name == name:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return stat(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", refuse)
+        with pytest.raises(OtFederatedError, match=r"cannot be read .*Input/output error.* It is left as it is"):
+            BundleCache(root).find(sender.digest)
+    assert BundleCache(root).find(sender.digest) == directory
 
 
 @pytest.mark.parametrize("damage", ["missing file", "other manifest", "no manifest"])
