@@ -83,7 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("plan", nargs="?", type=Path, default=default_plan, metavar="BENCHMARK.toml")
     parser.add_argument("--output-dir", type=Path, help="the benchmark's directory (default: runs/benchmark-NAME)")
-    parser.add_argument("--results", type=Path, default=default_results, help="where recovery.json, .md, figures go")
+    parser.add_argument(
+        "--results", type=Path, default=default_results, help="where NAME.json, NAME.md and the figures go"
+    )
     parser.add_argument(
         "--only", action="append", default=[], metavar="TEXT", help="only cells with this in their names; repeatable"
     )
@@ -114,7 +116,7 @@ def run_benchmark(
                     failed.append(cell)
                     bar.write(f"FAILED {cell.name}: {error}", file=sys.stderr)
             if done := finished(plan.cells, directory):
-                write_report(done, results or directory, command=command, shared=read_shared(directory))
+                write_report(done, results or directory, name=plan.name, command=command, shared=read_shared(directory))
     done = finished(plan.cells, directory)
     sys.stdout.write(describe_results(done) + "\n")
     sys.stdout.write(f"{len(done)} cells done, {len(failed)} failed; report in {results or directory}\n")

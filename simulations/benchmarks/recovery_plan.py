@@ -52,12 +52,14 @@ class Plan:
     """A benchmark, read and checked.
 
     Attributes:
+        name: The file's, without its ending; what is found is kept under it.
         description: One line.
         cells: What to run, in order.
         full: How the full model is fine-tuned.
         cuts: By task: the source that is cut, and how many rows train, validate and test.
     """
 
+    name: str
     description: str
     cells: tuple[Cell, ...]
     full: FullFineTuning
@@ -102,6 +104,7 @@ def load_plan(path: Path, *, seeds: Sequence[int] = ()) -> Plan:
             cell = Cell(settings=checked, point={**point, **candidate})
             cells[cell.name] = cell
     return Plan(
+        name=path.stem,
         description=str(document.get("description", "")),
         cells=tuple(cells.values()),
         full=_read_full(dict(document.get("full", {})), path.name),

@@ -1,4 +1,4 @@
-"""What the recovery benchmark found: tables, figures, and recovery.json."""
+"""What the recovery benchmark found: tables, figures, and recovery.json, all named after the plan."""
 
 from __future__ import annotations
 
@@ -188,20 +188,20 @@ def predictor_table(results: Sequence[Result]) -> list[dict[str, str]]:
 
 
 def write_report(
-    results: Sequence[Result], directory: Path, *, command: str, shared: Sequence[Mapping[str, Any]]
+    results: Sequence[Result], directory: Path, *, name: str, command: str, shared: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Write recovery.json, recovery.md and the figures."""
+    """Write ``<name>.json``, ``<name>.md`` and the figures ``<name>_bytes.png`` and ``<name>_value_gap.png``."""
     directory.mkdir(parents=True, exist_ok=True)
     chosen = [result for result in results if result["chosen"]]
     tuning = [
-        {name: result[name] for name in ("task", "emulator", "federation", "seed", "candidate", "validation_loss")}
+        {field: result[field] for field in ("task", "emulator", "federation", "seed", "candidate", "validation_loss")}
         for result in results
         if result["candidate"]
     ]
     write_results(
-        directory / "recovery.json",
+        directory / f"{name}.json",
         command=command,
-        cells=[{name: result[name] for name in json_fields} for result in chosen],
+        cells=[{field: result[field] for field in json_fields} for result in chosen],
         tuning=tuning,
         full_fine_tuning=[
             {"settings": without_places(part["settings"]), "chosen": part["chosen"], "candidates": part["candidates"]}
@@ -209,8 +209,8 @@ def write_report(
         ],
         predictor_agreement=agreement(chosen),
     )
-    atomic_write_text(directory / "recovery.md", describe_results(results) + "\n")
-    draw(chosen, directory)
+    atomic_write_text(directory / f"{name}.md", describe_results(results) + "\n")
+    draw(chosen, directory, name)
 
 
 def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def draw(results: Sequence[Result], directory: Path) -> None:
+def draw(results: Sequence[Result], directory: Path, name: str) -> None:
     """Draw recovery against the emulator's bytes, and the value gap against recovery."""
     known = {m: [r for r in results if (r["recovery"] or {}).get(m) is not None] for m in measures}
     by_bytes = [
@@ -248,8 +248,8 @@ def draw(results: Sequence[Result], directory: Path) -> None:
         if part
     ]
     if by_bytes:
-        plot_points(by_bytes, directory / "recovery_bytes.png")
-        plot_points(by_gap, directory / "recovery_value_gap.png")
+        plot_points(by_bytes, directory / f"{name}_bytes.png")
+        plot_points(by_gap, directory / f"{name}_value_gap.png")
 
 
 Points = dict[str, list[tuple[float, float, float, float]]]

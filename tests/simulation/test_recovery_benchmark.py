@@ -84,7 +84,7 @@ def in_this_process(monkeypatch) -> None:
 def run(plan: Path, *words: str) -> tuple[int, dict[str, Any], Path]:
     directory = plan.parent / "out"
     code = main([str(plan), "--output-dir", str(directory), "--results", str(plan.parent / "results"), *words])
-    return code, json.loads((plan.parent / "results" / "recovery.json").read_text()), directory
+    return code, json.loads((plan.parent / "results" / "tiny.json").read_text()), directory
 
 
 def test_cells_have_five_rows_share_the_full_models_and_are_not_run_twice(plan: Path, monkeypatch, capsys) -> None:
@@ -113,7 +113,7 @@ def test_cells_have_five_rows_share_the_full_models_and_are_not_run_twice(plan: 
         assert -1 <= cell["predictors"]["gradient_cosine_bottom"] <= 1
     same_seed = [cell["rows"]["full_fine_tuned"] for cell in cells if cell["seed"] == 0]
     assert same_seed[0] == same_seed[1]
-    for name in ("recovery.md", "recovery_bytes.png", "recovery_value_gap.png"):
+    for name in ("tiny.md", "tiny_bytes.png", "tiny_value_gap.png"):
         assert (plan.parent / "results" / name).stat().st_size > 0
     assert "| questions | empty" in capsys.readouterr().out
 
@@ -179,6 +179,16 @@ def test_a_plan_that_makes_no_sense_is_refused(plan: Path, capsys, old: str, new
     plan.write_text(plan.read_text().replace(old, new))
     assert main([str(plan), "--dry-run"]) == 2
     assert reason in capsys.readouterr().err
+
+
+def test_the_shipped_ablations_differ_from_their_reference_in_what_they_name() -> None:
+    cells = load_plan(benchmark.default_plan.with_name("ablations.toml")).cells
+    reference = {c.point["federation"]: c.settings for c in cells if c.point["emulator"] == "reference"}
+    assert set(reference) == {"centralised", "four-clients"}
+    for cell in cells:
+        changed = {key for key, value in cell.settings.items() if reference[cell.point["federation"]].get(key) != value}
+        assert bool(changed) == (cell.point["emulator"] != "reference")
+        assert all(key.startswith(("offsite.", "tuning.", "evaluation.alpha", "train.")) for key in changed)
 
 
 def test_the_shipped_plan_is_sound() -> None:
