@@ -87,7 +87,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--results", type=Path, default=default_results, help="where NAME.json, NAME.md and the figures go"
     )
     parser.add_argument(
-        "--only", action="append", default=[], metavar="TEXT", help="only cells with this in their names; repeatable"
+        "--only",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="only cells with this in their names; given again: with all of them",
     )
     parser.add_argument("--seeds", type=_numbers, default=[], metavar="0,1,2", help="these seeds, not the file's")
     parser.add_argument("--dry-run", action="store_true", help="list the cells and which are done")
