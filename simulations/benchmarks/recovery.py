@@ -56,7 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.dry_run:
         sys.stdout.write(list_cells(cells, directory))
         return 0
-    command = shlex.join(["python", "-m", "simulations.benchmarks.recovery", *words])
+    # What was made is said by the plan and its seeds, not by where it was put or in how many goes.
+    command = shlex.join(["python", "-m", "simulations.benchmarks.recovery", *describe_plan(parsed)])
+    if parsed.report:
+        cells = []
     # Whoever ends this process ends the cell's too, as Ctrl-C does.
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -67,6 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, previous)
     return 1 if failed else 0
+
+
+def describe_plan(parsed: argparse.Namespace) -> list[str]:
+    """Return the words of the command that say what is measured."""
+    words = [] if parsed.plan == default_plan else [str(parsed.plan)]
+    return [*words, *(["--seeds", ",".join(map(str, parsed.seeds))] if parsed.seeds else [])]
 
 
 def _interrupt(_number: int, _frame: object) -> NoReturn:
@@ -94,6 +103,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="only cells with this in their names; given again: with all of them",
     )
     parser.add_argument("--seeds", type=_numbers, default=[], metavar="0,1,2", help="these seeds, not the file's")
+    parser.add_argument(
+        "--report", action="store_true", help="run nothing: write the report of the cells that are done"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the cells and which are done")
     return parser
 
@@ -125,6 +137,13 @@ def run_benchmark(
     sys.stdout.write(describe_results(done) + "\n")
     sys.stdout.write(f"{len(done)} cells done, {len(failed)} failed; report in {results or directory}\n")
     return failed
+
+
+def report(plan: Plan, directory: Path, *, command: str, results: Path | None) -> list[dict[str, Any]]:
+    """Write the report of what is done, if anything is, and return it."""
+    if done := finished(plan.cells, directory):
+        write_report(done, results or directory, name=plan.name, command=command, shared=read_shared(directory))
+    return done
 
 
 def best_candidate(cell: Cell, cells: Sequence[Cell], directory: Path) -> dict[str, Scalar] | None:

@@ -119,6 +119,9 @@ def test_cells_have_five_rows_share_the_full_models_and_are_not_run_twice(plan: 
 
     monkeypatch.setattr(benchmark, "simulate", lambda *_, **__: pytest.fail("a finished cell ran again"))
     assert run(plan)[1]["cells"] == cells
+    (plan.parent / "results" / "tiny.json").unlink()
+    code, again, _ = run(plan, "--report")
+    assert (code, again["cells"]) == (0, cells)
 
 
 def test_a_cell_that_fails_is_told_and_the_others_go_on(plan: Path, capsys) -> None:
