@@ -131,9 +131,8 @@ def run_benchmark(
                 except OtFederatedError as error:
                     failed.append(cell)
                     bar.write(f"FAILED {cell.name}: {error}", file=sys.stderr)
-            if done := finished(plan.cells, directory):
-                write_report(done, results or directory, name=plan.name, command=command, shared=read_shared(directory))
-    done = finished(plan.cells, directory)
+            report(plan, directory, command=command, results=results)
+    done = report(plan, directory, command=command, results=results)
     sys.stdout.write(describe_results(done) + "\n")
     sys.stdout.write(f"{len(done)} cells done, {len(failed)} failed; report in {results or directory}\n")
     return failed
