@@ -266,7 +266,8 @@ def plot_points(panels: Sequence[Panel], path: Path) -> None:
             axis.axhline(panel.reference, linestyle=":", color="tab:grey")
         axis.set(xlabel=panel.x_label, ylabel=panel.y_label)
         if panel.from_zero:
-            axis.set_xlim(left=0)
+            # Points that lie close together leave a margin too small for their marks.
+            axis.set_xlim(0, 1.05 * axis.dataLim.x1)
         for shown, own_axis in zip(panel.percent, (axis.xaxis, axis.yaxis), strict=True):
             if shown:
                 own_axis.set_major_formatter(PercentFormatter(1.0))
