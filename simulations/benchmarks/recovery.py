@@ -15,6 +15,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -60,10 +61,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "simulations.benchmarks.recovery", *describe_plan(parsed)])
     if parsed.report:
         cells = []
+    stopped = threading.Event()
+
+    def interrupt(_number: int, _frame: object) -> NoReturn:
+        # Raised in the callback of a weak reference, as matplotlib and torch have many, it would be dropped: the event
+        # ends the benchmark before the next cell then.
+        stopped.set()
+        raise KeyboardInterrupt
+
     # Whoever ends this process ends the cell's too, as Ctrl-C does.
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    previous = signal.signal(signal.SIGTERM, interrupt)
     try:
-        failed = run_benchmark(plan, cells, directory, command=command, results=parsed.results)
+        failed = run_benchmark(plan, cells, directory, command=command, results=parsed.results, stopped=stopped)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on\n")
         return 130
@@ -76,10 +85,6 @@ def describe_plan(parsed: argparse.Namespace) -> list[str]:
     """Return the words of the command that say what is measured."""
     words = [] if parsed.plan == default_plan else [str(parsed.plan)]
     return [*words, *(["--seeds", ",".join(map(str, parsed.seeds))] if parsed.seeds else [])]
-
-
-def _interrupt(_number: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -115,9 +120,19 @@ def _numbers(text: str) -> list[int]:
 
 
 def run_benchmark(
-    plan: Plan, cells: Sequence[Cell], directory: Path, *, command: str, results: Path | None
+    plan: Plan,
+    cells: Sequence[Cell],
+    directory: Path,
+    *,
+    command: str,
+    results: Path | None,
+    stopped: threading.Event,
 ) -> list[Cell]:
-    """Run what is not done, write the report after every cell, and return the cells that failed."""
+    """Run what is not done, write the report after every cell, and return the cells that failed.
+
+    Raises:
+        KeyboardInterrupt: Before the next cell, once ``stopped`` is set.
+    """
     from tqdm import tqdm
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -125,6 +140,8 @@ def run_benchmark(
     with tqdm(cells, desc="recovery", unit="cell") as bar:
         for cell in bar:
             bar.set_postfix_str(cell.name[:70])
+            if stopped.is_set():
+                raise KeyboardInterrupt
             if read_cell(directory, cell) is None and is_wanted(cell, plan.cells, directory):
                 try:
                     run_cell(cell, plan, directory)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,20 @@ def test_dry_run_lists_cells_and_only_chooses(plan: Path, capsys) -> None:
     assert main([str(plan), "--only", "nothing"]) == 2
     assert "--dry-run" in capsys.readouterr().err
     assert not (plan.parent / "out").exists()
+
+
+def test_sigterm_ends_the_benchmark_though_its_exception_is_dropped(plan: Path, monkeypatch, capsys) -> None:
+    def drop(_cell, _plan, _directory: Path) -> None:
+        # As in the callback of a weak reference.
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        began.append(_cell)
+
+    began: list[object] = []
+    monkeypatch.setattr(benchmark, "run_cell", drop)
+    assert main([str(plan), "--output-dir", str(plan.parent / "out")]) == 130
+    assert len(began) == 1
+    assert "interrupted; the same command goes on" in capsys.readouterr().err
 
 
 def test_later_seeds_wait_for_the_first_ones_choice(plan: Path) -> None:
