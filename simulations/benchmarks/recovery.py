@@ -148,7 +148,7 @@ def run_benchmark(
                 except OtFederatedError as error:
                     failed.append(cell)
                     bar.write(f"FAILED {cell.name}: {error}", file=sys.stderr)
-            report(plan, directory, command=command, results=results)
+                report(plan, directory, command=command, results=results)
     done = report(plan, directory, command=command, results=results)
     sys.stdout.write(describe_results(done) + "\n")
     sys.stdout.write(f"{len(done)} cells done, {len(failed)} failed; report in {results or directory}\n")
