@@ -10,7 +10,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import sys
 import tomllib
 import traceback
@@ -27,6 +26,7 @@ from ot_federated.reporting.run_directory import BusyRunError, config_file
 from ot_federated.settings import Key, Scalar, check_value
 from ot_federated.sources import is_local_source
 from simulations.command_line_help import describe_scenarios, describe_usage
+from simulations.ending_signals import ending_signals_interrupt
 from simulations.scenario_files import list_all_keys, load_scenario, simulation_keys
 
 simulation_file = "simulation.json"
@@ -72,10 +72,9 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a simulation and return the exit status: 0 done, 1 the run failed, 2 the request is wrong."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # A terminal that closes and a service manager must lead to the same clean end as Ctrl-C.
-    previous = {number: signal.signal(number, _interrupt) for number in _ending_signals()}
     try:
-        return _run(words)
+        with ending_signals_interrupt():
+            return _run(words)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -88,17 +87,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as in: run_sim.py --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _ending_signals() -> list[int]:
-    return [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
-def _interrupt(_number: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _run(words: Sequence[str]) -> int:

@@ -27,6 +27,7 @@ from ot_federated.config import parse_run_config
 from ot_federated.errors import DataError, OtFederatedError
 from ot_federated.settings import Scalar
 from simulations.command_line import make_sources_absolute, parse_settings
+from simulations.ending_signals import ending_signals_interrupt
 from simulations.scenario_files import simulation_keys
 from simulations.sweep_cells import (
     Cell,
@@ -69,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
     command = shlex.join(["python", "-m", "simulations.sweep", *words])
     try:
-        failed = run_sweep(sweep, cells, directory, engine=parsed.engine, command=command, results=parsed.results)
+        # Whoever ends this process ends the cell's too, as Ctrl-C does.
+        with ending_signals_interrupt():
+            failed = run_sweep(sweep, cells, directory, engine=parsed.engine, command=command, results=parsed.results)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on\n")
         return 130

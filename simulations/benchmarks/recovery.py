@@ -13,12 +13,10 @@ import argparse
 import json
 import shlex
 import shutil
-import signal
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -35,6 +33,7 @@ from simulations.benchmarks.recovery_predictors import measure_predictors, train
 from simulations.benchmarks.recovery_report import describe_results, write_report
 from simulations.benchmarks.recovery_rows import cut_set, shared_rows
 from simulations.command_line import make_sources_absolute
+from simulations.ending_signals import ending_signals_interrupt
 from simulations.scenario_files import simulation_keys
 from simulations.sweep import simulate
 from simulations.sweep_cells import Cell, cell_file, cell_format, choose_cells, list_cells, read_cell
@@ -61,23 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "simulations.benchmarks.recovery", *describe_plan(parsed)])
     if parsed.report:
         cells = []
-    stopped = threading.Event()
-
-    def interrupt(_number: int, _frame: object) -> NoReturn:
-        # Raised in the callback of a weak reference, as matplotlib and torch have many, it would be dropped: the event
-        # ends the benchmark before the next cell then.
-        stopped.set()
-        raise KeyboardInterrupt
-
-    # Whoever ends this process ends the cell's too, as Ctrl-C does.
-    previous = signal.signal(signal.SIGTERM, interrupt)
     try:
-        failed = run_benchmark(plan, cells, directory, command=command, results=parsed.results, stopped=stopped)
+        # Whoever ends this process ends the cell's too, as Ctrl-C does.
+        with ending_signals_interrupt():
+            failed = run_benchmark(plan, cells, directory, command=command, results=parsed.results)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on\n")
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, previous)
     return 1 if failed else 0
 
 
@@ -120,19 +109,9 @@ def _numbers(text: str) -> list[int]:
 
 
 def run_benchmark(
-    plan: Plan,
-    cells: Sequence[Cell],
-    directory: Path,
-    *,
-    command: str,
-    results: Path | None,
-    stopped: threading.Event,
+    plan: Plan, cells: Sequence[Cell], directory: Path, *, command: str, results: Path | None
 ) -> list[Cell]:
-    """Run what is not done, write the report after every cell, and return the cells that failed.
-
-    Raises:
-        KeyboardInterrupt: Before the next cell, once ``stopped`` is set.
-    """
+    """Run what is not done, write the report after every cell, and return the cells that failed."""
     from tqdm import tqdm
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -140,8 +119,6 @@ def run_benchmark(
     with tqdm(cells, desc="recovery", unit="cell") as bar:
         for cell in bar:
             bar.set_postfix_str(cell.name[:70])
-            if stopped.is_set():
-                raise KeyboardInterrupt
             if read_cell(directory, cell) is None and is_wanted(cell, plan.cells, directory):
                 try:
                     run_cell(cell, plan, directory)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -156,10 +157,15 @@ def test_dry_run_lists_cells_and_only_chooses(plan: Path, capsys) -> None:
 
 def test_sigterm_ends_the_benchmark_though_its_exception_is_dropped(plan: Path, monkeypatch, capsys) -> None:
     def drop(_cell, _plan, _directory: Path) -> None:
-        # As in the callback of a weak reference.
-        with contextlib.suppress(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
         began.append(_cell)
+        thing = Thing()
+        reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGTERM))
+        del thing
+        assert reference() is None
+        time.sleep(60)  # cut short by the signal that is sent once more
+
+    class Thing:
+        """Something that can be referred to weakly."""
 
     began: list[object] = []
     monkeypatch.setattr(benchmark, "run_cell", drop)
