@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ot_federated.cache import atomic_write_text
+from ot_federated.cache import atomic_write_text, file_lock
 from ot_federated.config import parse_run_config
 from ot_federated.errors import OtFederatedError
 from ot_federated.model_owner.evaluation import recovery
@@ -119,13 +119,17 @@ def run_benchmark(
     with tqdm(cells, desc="recovery", unit="cell") as bar:
         for cell in bar:
             bar.set_postfix_str(cell.name[:70])
-            if read_cell(directory, cell) is None and is_wanted(cell, plan.cells, directory):
-                try:
-                    run_cell(cell, plan, directory)
-                except OtFederatedError as error:
-                    failed.append(cell)
-                    bar.write(f"FAILED {cell.name}: {error}", file=sys.stderr)
-                report(plan, directory, command=command, results=results)
+            if read_cell(directory, cell) is not None or not is_wanted(cell, plan.cells, directory):
+                continue
+            # Another process may be at work on the same cell.
+            with file_lock(directory / cell.name / "lock"):
+                if read_cell(directory, cell) is None:
+                    try:
+                        run_cell(cell, plan, directory)
+                    except OtFederatedError as error:
+                        failed.append(cell)
+                        bar.write(f"FAILED {cell.name}: {error}", file=sys.stderr)
+            report(plan, directory, command=command, results=results)
     done = report(plan, directory, command=command, results=results)
     sys.stdout.write(describe_results(done) + "\n")
     sys.stdout.write(f"{len(done)} cells done, {len(failed)} failed; report in {results or directory}\n")
@@ -191,9 +195,10 @@ def run_cell(cell: Cell, plan: Plan, directory: Path) -> None:
     shared = shared_rows(
         owner,
         run_config,
-        plan.full,
+        plan.full[task],
         task=task,
         first_seed=int(next(c.point["seed"] for c in plan.cells if c.point["task"] == task)),
+        zero_shot=summary["rows"]["full_zero_shot"],
         directory=directory / "full",
     )
     result = {

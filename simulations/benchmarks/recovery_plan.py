@@ -4,11 +4,12 @@ Tables of the file::
 
     [base]             run-config keys of every cell
     [task.NAME]        keys of a task; cut = { source, train, validation, test } divides a set that has one split,
-                       and cut:train, cut:validation and cut:test then name its parts
+                       and cut:train, cut:validation and cut:test then name its parts; [task.NAME.full] is in place of
+                       [full] there
     [emulator.NAME]    keys of an emulator; candidates = { KEY = [values] } are settings to choose from by the plug-in's
                        loss on validation data, at the first task and seed; all others take what was chosen there
     [federation.NAME]  keys of a way to run it, num-clients among them
-    [full]             full fine-tuning: epochs, candidates, and keys
+    [full]             full fine-tuning: epochs, candidates (of which epochs may be one), and keys
     [[override]]       keys of the cells that ``when`` names, by task, emulator, federation or seed
     [[run]]            tasks, emulators, federations, seeds: every combination is a cell, in this order
 """
@@ -37,14 +38,12 @@ class FullFineTuning:
     """The upper bound.
 
     Attributes:
-        epochs: Passes over the training data.
         settings: Run-config keys that go over the cell's.
-        candidates: Settings to choose from on validation data.
+        candidates: What to choose from on validation data: ``epochs``, passes over the training data, and settings.
     """
 
-    epochs: int = 1
     settings: Mapping[str, Scalar] = field(default_factory=dict)
-    candidates: tuple[Mapping[str, Scalar], ...] = ({},)
+    candidates: tuple[Mapping[str, Scalar], ...] = ({"epochs": 1},)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +54,14 @@ class Plan:
         name: The file's, without its ending; what is found is kept under it.
         description: One line.
         cells: What to run, in order.
-        full: How the full model is fine-tuned.
+        full: By task: how the full model is fine-tuned.
         cuts: By task: the source that is cut, and how many rows train, validate and test.
     """
 
     name: str
     description: str
     cells: tuple[Cell, ...]
-    full: FullFineTuning
+    full: Mapping[str, FullFineTuning]
     cuts: Mapping[str, Mapping[str, Any]]
 
 
@@ -84,6 +83,10 @@ def load_plan(path: Path, *, seeds: Sequence[int] = ()) -> Plan:
             raise ConfigError(
                 f"{path.name}: task.{name}.cut={cut!r} must give a source, and rows to train, validation, test."
             )
+    full = {
+        name: _read_full(dict(table.pop("full", document.get("full", {}))), path.name)
+        for name, table in tables["task"].items()
+    }
     candidates = {
         name: _read_candidates(table.pop("candidates", {}), f"{path.name}: emulator.{name}")
         for name, table in tables["emulator"].items()
@@ -107,7 +110,7 @@ def load_plan(path: Path, *, seeds: Sequence[int] = ()) -> Plan:
         name=path.stem,
         description=str(document.get("description", "")),
         cells=tuple(cells.values()),
-        full=_read_full(dict(document.get("full", {})), path.name),
+        full=full,
         cuts=cuts,
     )
 
@@ -140,11 +143,13 @@ def _read_candidates(table: Mapping[str, Any], place: str) -> tuple[dict[str, An
 
 def _read_full(table: dict[str, Any], file: str) -> FullFineTuning:
     epochs, candidates = table.pop("epochs", 1), _read_candidates(table.pop("candidates", {}), f"{file}: full")
-    if not isinstance(epochs, int) or epochs < 1:
-        raise ConfigError(f"{file}: full.epochs={epochs!r} must be a number of passes, at least 1.")
-    settings = dict(flatten_table(table))
-    checked = tuple(check_settings(candidate, file) for candidate in candidates)
-    return FullFineTuning(epochs=epochs, settings=check_settings(settings, file), candidates=checked)
+    checked = []
+    for candidate in candidates:
+        passes = candidate.pop("epochs", epochs)
+        if not isinstance(passes, int) or passes < 1:
+            raise ConfigError(f"{file}: full.epochs={passes!r} must be a number of passes, at least 1.")
+        checked.append({"epochs": passes, **check_settings(candidate, file)})
+    return FullFineTuning(settings=check_settings(dict(flatten_table(table)), file), candidates=tuple(checked))
 
 
 def group_of(cell: Cell) -> tuple[Scalar, ...]:

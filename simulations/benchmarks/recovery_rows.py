@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ot_federated.cache import atomic_write_text
+from ot_federated.cache import atomic_write_text, file_lock
 from ot_federated.config import parse_run_config
 from ot_federated.errors import ConfigError
 from ot_federated.model_owner.evaluation import score_with_progress
@@ -52,7 +52,7 @@ def shared_settings(settings: Mapping[str, Scalar], full: FullFineTuning) -> dic
 
 def shared_path(settings: Mapping[str, Scalar], full: FullFineTuning, *, task: str, directory: Path) -> Path:
     """Return the file of the shared rows of a cell; another one where anything they depend on is another."""
-    key = json.dumps([shared_settings(settings, full), full.epochs, list(map(dict, full.candidates))], sort_keys=True)
+    key = json.dumps([shared_settings(settings, full), list(map(dict, full.candidates))], sort_keys=True)
     return directory / f"{task}_seed={settings['seed']}_{hashlib.sha256(key.encode()).hexdigest()[:10]}.json"
 
 
@@ -63,9 +63,12 @@ def shared_rows(
     *,
     task: str,
     first_seed: int,
+    zero_shot: Mapping[str, Any],
     directory: Path,
 ) -> dict[str, Any]:
     """Return the shared rows of a cell, measured once and then read from ``directory``.
+
+    ``zero_shot`` is the full model's row before tuning, which every run measures.
 
     At the task's first seed full fine-tuning is done with every candidate, and the one with the smallest loss on
     validation data is scored on test data; other seeds take that candidate.
@@ -75,35 +78,48 @@ def shared_rows(
         its ``validation_loss``; ``settings``, on which they depend; ``seconds``.
     """
     path = shared_path(settings, full, task=task, directory=directory)
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+    # Another process may be measuring the same rows for another cell.
+    with file_lock(path.with_suffix(".lock")):
+        if not path.exists():
+            result = _measure(owner, settings, full, task=task, first_seed=first_seed, directory=directory)
+            result["rows"] = {"full_zero_shot": dict(zero_shot), **result["rows"]}
+            atomic_write_text(path, json.dumps(result, indent=1) + "\n")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _measure(
+    owner: Owner,
+    settings: Mapping[str, Scalar],
+    full: FullFineTuning,
+    *,
+    task: str,
+    first_seed: int,
+    directory: Path,
+) -> dict[str, Any]:
     first = shared_path({**settings, "seed": first_seed}, full, task=task, directory=directory)
     candidates = [json.loads(first.read_text(encoding="utf-8"))["chosen"]] if first.exists() else full.candidates
     began = time.monotonic()
     shared = shared_settings(settings, full)
-    zero_shot = score_with_progress(owner.task, owner.model, owner.test, title="full zero-shot")
     tried: list[dict[str, Any]] = []
     best_model, chosen, smallest = owner.model, dict[str, Scalar](), math.inf
     for candidate in candidates:
-        tuned_owner = replace(owner, config=parse_run_config({**shared, **candidate}))
-        num_steps = full.epochs * count_steps(tuned_owner)
+        changed = {key: value for key, value in candidate.items() if key != "epochs"}
+        tuned_owner = replace(owner, config=parse_run_config({**shared, **changed}))
+        num_steps = candidate["epochs"] * count_steps(tuned_owner)
         model = fine_tuned_full_model(tuned_owner, num_steps=num_steps)
         score = score_with_progress(owner.task, model, owner.validation, title="full fine-tuned, validation")
         tried.append({**candidate, "num_steps": num_steps, "validation_loss": score.loss})
         if score.loss < smallest:
             best_model, chosen, smallest = model, dict(candidate), score.loss
     test = score_with_progress(owner.task, best_model, owner.test, title="full fine-tuned")
-    result = {
-        "rows": {"full_zero_shot": zero_shot.to_dict(), "full_fine_tuned": test.to_dict()},
+    return {
+        "rows": {"full_fine_tuned": test.to_dict()},
         "chosen": chosen,
         "candidates": tried,
         "seconds": round(time.monotonic() - began, 1),
         "settings": shared,
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(path, json.dumps(result, indent=1) + "\n")
-    return result
 
 
 def count_steps(owner: Owner) -> int:

@@ -53,7 +53,7 @@ strategy.min-nodes = 1
 train.max-steps = 0
 
 [full]
-epochs = 1
+candidates.epochs = [1, 2]
 candidates.evaluation.full-learning-rate = [1e-4, 1e-2]
 
 [[run]]
@@ -95,7 +95,9 @@ def test_cells_have_five_rows_share_the_full_models_and_are_not_run_twice(plan: 
     assert code == 0
     assert len(list(directory.glob("task=*"))) == 5  # two candidates and one chosen, two without candidates
     full = {part["settings"]["seed"]: len(part["candidates"]) for part in found["full_fine_tuning"]}
-    assert full == {0: 2, 1: 1}  # measured once a seed, chosen at the first
+    assert full == {0: 4, 1: 1}  # measured once a seed, chosen at the first
+    first = next(part for part in found["full_fine_tuning"] if part["settings"]["seed"] == 0)
+    assert [part["num_steps"] for part in first["candidates"]] == [4, 4, 8, 8]
     cells = found["cells"]
     assert {(cell["emulator"], cell["seed"]) for cell in cells} == {(e, s) for e in ("empty", "bridge") for s in (0, 1)}
     best = min(found["tuning"][:2], key=lambda part: part["validation_loss"])["candidate"]
@@ -174,6 +176,20 @@ def test_sigterm_ends_the_benchmark_though_its_exception_is_dropped(plan: Path, 
     assert "interrupted; the same command goes on" in capsys.readouterr().err
 
 
+def test_a_task_may_have_a_full_fine_tuning_of_its_own(plan: Path) -> None:
+    plan.write_text(
+        plan.read_text()
+        + """
+[task.others]
+data.train = "x.jsonl"
+full.epochs = 3
+"""
+    )
+    full = load_plan(plan).full
+    assert [candidate["epochs"] for candidate in full["questions"].candidates] == [1, 1, 2, 2]
+    assert full["others"].candidates == ({"epochs": 3},)
+
+
 def test_later_seeds_wait_for_the_first_ones_choice(plan: Path) -> None:
     cells = [cell for cell in load_plan(plan).cells if cell.point["emulator"] == "empty"]
     directory = plan.parent / "out"
@@ -195,7 +211,7 @@ def test_later_seeds_wait_for_the_first_ones_choice(plan: Path) -> None:
         ("seeds = [0, 1]", "", "it takes tasks, emulators, federations, seeds"),
         ("train = 16, ", "", "task.questions.cut"),
         ("[1e-3, 3e-3]", "1e-3", "must be a list of values"),
-        ("epochs = 1", "epochs = 0", "full.epochs=0"),
+        ("[1, 2]", "[1, 0]", "full.epochs=0"),
         ("[emulator.bridge]", "[emulator.bridge]\noffsite.gapes = 1", "offsite.gaps"),
         ("[full]", "[fully]", "fully"),
     ],
