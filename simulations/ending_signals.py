@@ -18,9 +18,9 @@ _again_after_seconds = 0.1
 def ending_signals_interrupt() -> Iterator[None]:
     """Raise ``KeyboardInterrupt`` in the main thread at SIGTERM and SIGHUP, until it is heard.
 
-    An exception raised in a finaliser or in the callback of a weak reference is printed and dropped by Python, and torch
-    and matplotlib have many of these: the process would go on as if nobody had asked it to end. The signal is sent once
-    more then.
+    An exception raised in a finaliser or in the callback of a weak reference is printed and dropped by Python, and
+    torch and matplotlib have many of these: the process would go on as if nobody had asked it to end. The signal is
+    sent once more then.
     """
 
     def interrupt(_number: int, _frame: object) -> NoReturn:
