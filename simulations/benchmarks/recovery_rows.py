@@ -106,7 +106,7 @@ def _measure(
     for candidate in candidates:
         changed = {key: value for key, value in candidate.items() if key != "epochs"}
         tuned_owner = replace(owner, config=parse_run_config({**shared, **changed}))
-        num_steps = candidate["epochs"] * count_steps(tuned_owner)
+        num_steps = int(candidate["epochs"]) * count_steps(tuned_owner)
         model = fine_tuned_full_model(tuned_owner, num_steps=num_steps)
         score = score_with_progress(owner.task, model, owner.validation, title="full fine-tuned, validation")
         tried.append({**candidate, "num_steps": num_steps, "validation_loss": score.loss})
