@@ -131,7 +131,7 @@ def run_benchmark(
                         bar.write(f"FAILED {cell.name}: {error}", file=sys.stderr)
             report(plan, directory, command=command, results=results)
     done = report(plan, directory, command=command, results=results)
-    sys.stdout.write(describe_results(done) + "\n")
+    sys.stdout.write(describe_results(done, read_shared(directory)) + "\n")
     sys.stdout.write(f"{len(done)} cells done, {len(failed)} failed; report in {results or directory}\n")
     return failed
 
@@ -167,8 +167,11 @@ def finished(cells: Sequence[Cell], directory: Path) -> list[dict[str, Any]]:
 
 
 def read_shared(directory: Path) -> list[dict[str, Any]]:
-    """Return what is known of full fine-tuning."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((directory / "full").glob("*.json"))]
+    """Return what is known of full fine-tuning, with each one's task."""
+    return [
+        {"task": path.name.partition("_seed=")[0], **json.loads(path.read_text(encoding="utf-8"))}
+        for path in sorted((directory / "full").glob("*.json"))
+    ]
 
 
 def run_cell(cell: Cell, plan: Plan, directory: Path) -> None:

@@ -24,13 +24,14 @@ measures = ("loss", "accuracy")
 Result = Mapping[str, Any]
 
 
-def describe_results(results: Sequence[Result]) -> str:
-    """Return the tables as Markdown: means over seeds, means over tasks, single cells, and the predictors."""
+def describe_results(results: Sequence[Result], shared: Sequence[Mapping[str, Any]]) -> str:
+    """Return the tables as Markdown: means over seeds, means over tasks, single cells, what was tried, predictors."""
     chosen = [result for result in results if result["chosen"]]
     tables = {
         "Recovery by task: mean over seeds (test questions; settings chosen on validation data)": task_table(chosen),
         "Recovery of the mean over tasks and seeds": mean_table(chosen),
         "Cells": cell_table(chosen),
+        "What was tried, by the loss on validation data": choice_table(results, shared),
         "Rank correlation of cheap predictors with recovery over emulators (higher is better)": predictor_table(chosen),
     }
     return "\n\n".join(f"{title}\n\n{markdown_table(rows)}" for title, rows in tables.items() if rows)
@@ -145,6 +146,29 @@ def cell_table(results: Sequence[Result]) -> list[dict[str, str]]:
     ]
 
 
+def choice_table(results: Sequence[Result], shared: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return the candidates that competed, of full fine-tuning and of emulators; test data was not looked at."""
+    rows = []
+    for part in shared:
+        for candidate in part["candidates"] if len(part["candidates"]) > 1 else []:
+            tried = {key: candidate[key] for key in part["chosen"]}
+            rows.append(("full fine-tuning", part, tried, candidate["validation_loss"], tried == part["chosen"]))
+    for (emulator, federation, _, _), cells in group(results, "emulator", "federation", "task", "seed").items():
+        for cell in cells if len(cells) > 1 else []:
+            loss = cell["validation_loss"]
+            rows.append((f"{emulator}, {federation}", cell, cell["candidate"], loss, cell["chosen"]))
+    return [
+        {
+            "task": part["task"],
+            "what": what,
+            "settings": " ".join(f"{key}={value}" for key, value in tried.items()),
+            "validation loss": number(loss, ".3f"),
+            "chosen": "yes" if is_chosen else "",
+        }
+        for what, part, tried, loss, is_chosen in rows
+    ]
+
+
 def agreement(results: Sequence[Result]) -> dict[str, dict[str, float | int | None]]:
     """Return, for each predictor, its mean rank correlation with recovery over the emulators of a task and seed.
 
@@ -209,7 +233,7 @@ def write_report(
         ],
         predictor_agreement=agreement(chosen),
     )
-    atomic_write_text(directory / f"{name}.md", describe_results(results) + "\n")
+    atomic_write_text(directory / f"{name}.md", describe_results(results, shared) + "\n")
     draw(chosen, directory, name)
 
 
