@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -137,6 +138,26 @@ def truncate(pairs: Sequence[Pair], *, like: Floats) -> tuple[Pair, Pair]:
     a, b = like.copy(), np.zeros((len(u), rank))
     a[:num_kept], b[:, :num_kept] = size * vt[:num_kept], u[:, :num_kept] * values[:num_kept] / size
     return (a, b), (vt[num_kept:], u[:, num_kept:] * values[num_kept:])
+
+
+def interpolate_products(
+    before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], alpha: float
+) -> dict[str, torch.Tensor]:
+    """Return ``before + alpha (after - before)`` of LoRA's products, the best of rank r, and of all other tensors.
+
+    After a decomposition A and B have directions of their own, so that A and B of two rounds cannot be interpolated
+    apart.
+    """
+    state = {name: torch.lerp(before[name], tensor, alpha) for name, tensor in after.items()}
+    for module in [name.removesuffix(lora_b) for name in after if name.endswith(lora_b)]:
+        (old_a, old_b), (a, b) = (
+            tuple(part[module + name].cpu().numpy().astype(np.float64) for name in (lora_a, lora_b))
+            for part in (before, after)
+        )
+        (kept_a, kept_b), _ = truncate([(old_a, (1 - alpha) * old_b), (a, alpha * b)], like=a)
+        for name, array in ((lora_a, kept_a), (lora_b, kept_b)):
+            state[module + name] = torch.from_numpy(array).to(after[module + name])
+    return state
 
 
 def _rounded(array: Floats) -> Floats:

@@ -77,18 +77,28 @@ def choose_delivery(owner: Owner, state: State, *, start: State) -> Chosen:
     return Chosen(state=scaled(alpha), server_round=server_round, alpha=alpha, losses=losses)
 
 
-def choose_step(owner: Owner, before: State, after: State) -> tuple[dict[str, torch.Tensor], float]:
-    """Return ``before + alpha (after - before)`` and the alpha with the lowest validation loss of the plug-in."""
+def interpolate(before: State, after: State, alpha: float) -> dict[str, torch.Tensor]:
+    """Return ``before + alpha (after - before)``, tensor by tensor."""
+    return {name: torch.lerp(before[name], tensor, alpha) for name, tensor in after.items()}
 
-    def moved(alpha: float) -> dict[str, torch.Tensor]:
-        return {name: torch.lerp(before[name], tensor, alpha) for name, tensor in after.items()}
 
+def choose_step(
+    owner: Owner, before: State, after: State, *, between: Callable[[State, State, float], State] = interpolate
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Return the state on the way from one to the other with the lowest validation loss of the plug-in, and its alpha.
+
+    Args:
+        owner: The owner; its settings say which alphas are tried.
+        before: The state that the round began with.
+        after: The state that it ended with.
+        between: Gives the state at an alpha.
+    """
     alpha, losses = choose_alpha(
         owner.config.evaluation.tried_alphas,
-        lambda alpha: validation_loss(owner, moved(alpha), title=f"alpha {alpha:g}"),
+        lambda alpha: validation_loss(owner, between(before, after, alpha), title=f"alpha {alpha:g}"),
     )
     logger.info("the round's update is scaled by alpha %g: validation loss %.3f", alpha, losses[alpha])
-    return moved(alpha), alpha
+    return dict(between(before, after, alpha)), alpha
 
 
 def validation_loss(owner: Owner, state: State, *, title: str) -> float:

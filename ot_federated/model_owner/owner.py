@@ -98,9 +98,11 @@ class Owner:
             with tuned_unmerged(full_places(self.model, stack, tuning), state, tuning) as model:
                 yield model
 
-    def load_tuned_emulator(self, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
-        """Return the emulated model with a state in it, unmerged as clients train it."""
-        bundle, manifest = self.realignment.latest if self.realignment else (self.bundle, self.manifest)
+    def load_tuned_emulator(self, state: Mapping[str, torch.Tensor], *, server_round: int) -> PreTrainedModel:
+        """Return the emulated model with a round's state in it, unmerged as that round's clients trained it."""
+        bundle, manifest = self.bundle, self.manifest
+        if self.realignment:
+            bundle, manifest = self.realignment.trained_with(server_round)
         model = load_emulated_model(bundle, manifest, device=self.device)
         for name, parameter in prepare_tuning(model, self.manifest, self.tuning).items():
             parameter.data = state[name].to(parameter, copy=True)

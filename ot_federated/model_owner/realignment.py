@@ -190,10 +190,9 @@ class Realignment:
             found.append(version)
         return tuple(found)
 
-    @property
-    def latest(self) -> tuple[Path, Manifest]:
-        """Directory and manifest of the last version."""
-        return self.versions[max(self.versions)]
+    def trained_with(self, server_round: int) -> tuple[Path, Manifest]:
+        """Return directory and manifest of the version that a past round was trained with."""
+        return self.versions[max(number for number in self.versions if number < server_round)]
 
     @property
     def num_bytes(self) -> int:

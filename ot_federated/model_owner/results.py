@@ -51,13 +51,13 @@ def score_start(owner: Owner) -> None:
         say(line)
 
 
-def score_end(owner: Owner, state: dict[str, torch.Tensor]) -> None:
-    """Score the plug-in and the tuned emulator on the test data."""
+def score_end(owner: Owner, state: dict[str, torch.Tensor], *, server_round: int) -> None:
+    """Score the plug-in and the tuned emulator with the state of a round on the test data."""
     say("scoring after tuning: %d test examples", len(owner.test))
     with owner.plugged_in(state) as model:
         owner.rows["plug_in"] = score_with_progress(owner.task, model, owner.test, title="plug-in")
         add_harness_row(owner, "plug_in", model)
-    emulated = owner.load_tuned_emulator(state)
+    emulated = owner.load_tuned_emulator(state, server_round=server_round)
     owner.rows["emulator_fine_tuned"] = score_with_progress(
         owner.task, emulated, owner.test, title="emulator fine-tuned"
     )

@@ -19,7 +19,13 @@ from ot_federated.emulated_model import load_emulated_model
 from ot_federated.errors import CheckpointError, OtFederatedError
 from ot_federated.logs import log_fields, logger, show_lines
 from ot_federated.model_owner.checkpoints import load_latest_checkpoint, save_checkpoint
-from ot_federated.model_owner.choosing import choose_delivery, choose_step, forget_best_after, note_round
+from ot_federated.model_owner.choosing import (
+    choose_delivery,
+    choose_step,
+    forget_best_after,
+    interpolate,
+    note_round,
+)
 from ot_federated.model_owner.client_privacy import ClientPrivacyBooks, ClientRelease
 from ot_federated.model_owner.evaluation import score_with_progress
 from ot_federated.model_owner.owner import Owner, build_realignment, prepare
@@ -38,7 +44,7 @@ from ot_federated.tuning import prepare_tuning, start_state
 from strategies.aggregators import Aggregator, aggregator_state, build_aggregator, restore_aggregator
 from strategies.client_level_privacy import describe_noise, protect_clients
 from strategies.conversation import BundleSource
-from strategies.lora_aggregation import StackedLora, stack_products
+from strategies.lora_aggregation import StackedLora, interpolate_products, stack_products
 from strategies.offsite_tuning import OffsiteTuning
 from strategies.rejections import Rejections
 from strategies.replies import RoundRecord, record_tensors, tensors_record
@@ -126,7 +132,7 @@ def run_timed(grid: Grid, config: RunConfig, run: RunDirectory, elapsed: Elapsed
     )
     state = owner_state(result.arrays, strategy.aggregator)
     chosen = choose_delivery(owner, state, start=strategy.reference)
-    score_end(owner, chosen.state)
+    score_end(owner, chosen.state, server_round=chosen.server_round)
     finish(owner, chosen, elapsed)
 
 
@@ -179,11 +185,12 @@ def build_strategy(owner: Owner) -> tuple[OffsiteTuning, ArrayRecord]:
         )
 
     def choose_source(server_round: int, arrays: ArrayRecord) -> BundleSource:
-        directory, manifest = realignment.version_for(server_round, record_tensors(arrays))
+        directory, manifest = realignment.version_for(server_round, owner_state(arrays, aggregator))
         return BundleSource(directory, manifest, settings.shard_bytes, realignment.earlier(manifest))
 
     def scale_update(before: ArrayRecord, after: ArrayRecord) -> tuple[ArrayRecord, float]:
-        state, alpha = choose_step(owner, record_tensors(before), record_tensors(after))
+        between = interpolate_products if config.tuning.lora_aggregation == "truncated" else interpolate
+        state, alpha = choose_step(owner, record_tensors(before), record_tensors(after), between=between)
         return tensors_record(state), alpha
 
     strategy = OffsiteTuning(

@@ -26,8 +26,14 @@ diverging: dict[str, Scalar] = {
         {"evaluation.deliver": "best", "evaluation.alphas": "0.25,0.5,1"},
         {"evaluation.alphas": "0,0.5,1", "evaluation.alpha-every-round": True},
         {"tuning.method": "lora", "tuning.lora-aggregation": "exact", "evaluation.deliver": "best"},
+        {
+            "tuning.method": "lora",
+            "tuning.lora-aggregation": "truncated",
+            "evaluation.alphas": "0,0.5,1",
+            "evaluation.alpha-every-round": True,
+        },
     ],
-    ids=["best", "every-round", "exact"],
+    ids=["best", "every-round", "exact", "truncated-every-round"],
 )
 def test_resumed_is_uninterrupted(extra: dict[str, Scalar], llama_directory: Path, tmp_path: Path) -> None:
     settings = {**diverging, **extra}
@@ -47,7 +53,7 @@ def check_choice(run: Federation, extra: dict[str, Scalar]) -> None:
         assert delivered["round"] == min(losses, key=lambda number: losses[number])
     if extra.get("evaluation.alpha-every-round"):
         # 0 is among the alphas, so no round can make it worse.
-        assert losses[1] >= losses[2] >= losses[3]
+        assert losses[1] >= losses[2] - 1e-4 >= losses[3] - 2e-4
         assert {line["alpha"] for number, line in run.rounds.items() if number} <= {0.0, 0.5, 1.0}
     elif "evaluation.alphas" in extra:
         tried = delivered["validation_losses"]

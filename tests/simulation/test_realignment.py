@@ -101,6 +101,18 @@ def test_only_the_change_travels_and_a_restart_changes_nothing(llama_directory: 
     assert run_federation(tmp_path / "without", llama_directory, settings=without).digest != whole.digest
 
 
+def test_the_best_round_is_scored_with_the_emulator_that_it_was_trained_with(
+    llama_directory: Path, tmp_path: Path
+) -> None:
+    too_long = {"train.learning-rate": 0.5, "train.lr-schedule": "constant", "train.warmup-fraction": 0.0}
+    settings = settings_in(tmp_path) | too_long
+    best = run_federation(tmp_path / "best", llama_directory, settings=settings | {"evaluation.deliver": "best"})
+    delivered = best.summary["delivered"]["round"]
+    assert delivered < 3
+    short = run_federation(tmp_path / "short", llama_directory, settings=settings | {"num-server-rounds": delivered})
+    assert best.summary["rows"] == short.summary["rows"]
+
+
 def test_bridges_are_distilled_too_and_a_restart_changes_nothing(llama_directory: Path, tmp_path: Path) -> None:
     fitted = settings_in(tmp_path)
     settings = fitted | {"offsite.realign-steps": 3, "offsite.distillation-learning-rate": 1e-3}

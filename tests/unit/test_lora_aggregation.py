@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from ot_federated.config import parse_run_config
 from ot_federated.errors import ConfigError
 from simulations.in_process import InProcessGrid
 from strategies.aggregators import aggregator_state, build_aggregator, restore_aggregator
-from strategies.lora_aggregation import StackedLora, stack_products, truncate
+from strategies.lora_aggregation import StackedLora, interpolate_products, stack_products, truncate
 
 outputs, inputs, rank = 7, 9, 2
 module = "top.0.mlp.up_proj"
@@ -75,6 +76,17 @@ def test_exact_is_the_weighted_mean_of_products_and_the_mean_of_factors_is_not(n
     assert np.abs(product(naive) - dense).max() > 0.3
     # What is no part of a pair is the plain mean.
     np.testing.assert_array_equal(result["head.bias"], naive["head.bias"])
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 1.5])
+def test_interpolated_products_are_the_best_of_their_rank(alpha: float) -> None:
+    before, after = ({name: torch.from_numpy(array) for name, array in random_state(seed).items()} for seed in (1, 2))
+    found = {name: tensor.numpy() for name, tensor in interpolate_products(before, after, alpha).items()}
+    ends = [product({name: tensor.numpy() for name, tensor in state.items()}) for state in (before, after)]
+    u, values, vt = np.linalg.svd((1 - alpha) * ends[0] + alpha * ends[1])
+    np.testing.assert_allclose(product(found), (u[:, :rank] * values[:rank]) @ vt[:rank], atol=1e-5)
+    expected = (1 - alpha) * before["head.bias"] + alpha * after["head.bias"]
+    np.testing.assert_allclose(found["head.bias"], expected.numpy(), atol=1e-6)
 
 
 def test_truncated_is_the_best_of_its_rank() -> None:
