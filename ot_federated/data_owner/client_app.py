@@ -183,6 +183,7 @@ def read_assignment(message: Message, context: Context, directory: Path) -> Assi
     from ot_federated.data_owner.local_data import load_local_rows
     from ot_federated.data_owner.policy import default_policy, load_policy
     from ot_federated.devices import choose_device
+    from ot_federated.tasks.vocabulary import check_vocabulary
     from ot_federated.training import build_optimizer_settings
     from ot_federated.tuning import build_tuning
 
@@ -221,6 +222,7 @@ def read_assignment(message: Message, context: Context, directory: Path) -> Assi
     examples = task.encode(rows)
     if not examples:
         raise DataError("This client's shard has no example to train on: give it more data, or use fewer clients.")
+    check_vocabulary(examples, tunable.model, what="this client's data")
     server_round = int_field(record, "server-round")
     if not 1 <= server_round <= config.num_server_rounds:
         raise ProtocolError(f"the server asks for round {server_round} of {config.num_server_rounds}")

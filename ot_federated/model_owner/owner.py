@@ -38,6 +38,7 @@ from ot_federated.tasks.image_classification import ImageClassification
 from ot_federated.tasks.labels import list_classes
 from ot_federated.tasks.losses import num_public_tokens
 from ot_federated.tasks.registry import build_configured_task, build_task, task_fields
+from ot_federated.tasks.vocabulary import check_vocabulary
 from ot_federated.tuning import (
     Tuning,
     build_tuning,
@@ -119,6 +120,16 @@ def prepare(config: RunConfig, run: RunDirectory) -> Owner:
     if config.evaluation.harness_tasks:
         check_harness(parse_tasks(config.evaluation.harness_tasks), task_files=config.evaluation.harness_task_files)
     parts = load_parts(config)
+    validation, test = (
+        choose_rows(rows, max_examples=limit, seed=config.seed, contiguous=is_text)
+        for rows, limit in ((validation, evaluation.max_validation_examples), (test, evaluation.max_examples))
+    )
+    check_vocabulary(
+        parts.task.encode(validation),
+        parts.model,
+        what="data.validation",
+        unknown=getattr(parts.processor, "unk_token_id", None),
+    )
     bundle, manifest = make_bundle(config, parts)
     return Owner(
         config=config,
@@ -130,10 +141,8 @@ def prepare(config: RunConfig, run: RunDirectory) -> Owner:
         dtype=parts.dtype,
         bundle=bundle,
         manifest=manifest,
-        validation=choose_rows(
-            validation, max_examples=evaluation.max_validation_examples, seed=config.seed, contiguous=is_text
-        ),
-        test=choose_rows(test, max_examples=evaluation.max_examples, seed=config.seed, contiguous=is_text),
+        validation=validation,
+        test=test,
     )
 
 

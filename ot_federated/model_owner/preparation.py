@@ -26,6 +26,7 @@ from ot_federated.model_owner.plug_in import full_model_names
 from ot_federated.model_owner.splitting import plan_stack, split_tensors, write_bundle
 from ot_federated.packed_tensors import pack, unpack
 from ot_federated.tasks.losses import num_public_tokens
+from ot_federated.tasks.vocabulary import check_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -203,13 +204,7 @@ def prepare_windows(
     tokenizer = cast("PreTrainedTokenizerBase", processor)
     positions = int(getattr(model.config, "max_position_embeddings", 0) or 10**9)
     windows = tokenise_public_text(tokenizer, public, num_tokens=num_tokens, max_positions=positions, length=length)
-    embeddings: Any = model.get_input_embeddings()
-    num_embeddings = int(embeddings.weight.shape[0])
-    if int(windows.max()) >= num_embeddings:
-        raise DataError(
-            f"The tokenizer gives the public text the token {int(windows.max())}, and the model's vocabulary has "
-            f"{num_embeddings}: the tokenizer is another model's. Take the model's own, or resize its embeddings."
-        )
+    check_token(int(windows.max()), model, what="the public text")
     return windows
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Above this, Pillow's own limit, a file of a few kilobytes can fill gigabytes.
 max_pixels = 89_478_485
+# An image processor that sets the shorter side makes of a thin strip of a few pixels an image of gigabytes.
+max_aspect_ratio = 50
 num_images_per_batch = 16
 
 
@@ -76,7 +78,7 @@ def open_image(value: Any, *, column: str, row: int) -> Image.Image:
     """Return a cell's image, not decoded yet.
 
     Raises:
-        DataError: If it is none, or larger than ``max_pixels``.
+        DataError: If it is none, larger than ``max_pixels``, or a strip.
     """
     from PIL import Image
 
@@ -100,6 +102,11 @@ def open_image(value: Any, *, column: str, row: int) -> Image.Image:
         )
     if image.width * image.height > max_pixels:
         raise DataError(f"Row {row}: the image has {image.width} x {image.height} pixels. Make it smaller.")
+    if max(image.size) > max_aspect_ratio * min(image.size):
+        raise DataError(
+            f"Row {row}: the image has {image.width} x {image.height} pixels; its longer side may be at most "
+            f"{max_aspect_ratio} times the shorter. Cut it, or leave it out."
+        )
     return image
 
 

@@ -41,9 +41,14 @@ def list_classes(labels: Iterable[Hashable], *, column: str) -> tuple[str, ...]:
     """Return the classes that occur in public data: numbers in their order, else names in alphabetical order.
 
     Raises:
-        ConfigError: If there are fewer than two.
+        ConfigError: If there are fewer than two, or one has no name.
     """
     found = {str(label).strip() for label in labels if label is not None}
+    if "" in found:
+        raise ConfigError(
+            f"data.validation has an empty label in its column {column!r}. Label these rows, leave them out, or name "
+            "the classes with task.label-words."
+        )
     if len(found) < 2:
         raise ConfigError(
             f"data.validation has {len(found)} classes in its column {column!r}; two are needed. Give data of all "

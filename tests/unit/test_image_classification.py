@@ -53,6 +53,14 @@ def test_what_modes_mean() -> None:
         convert_image(Image.fromarray(np.full((1, 1), 300.0, np.float32)), row=0)
 
 
+def test_a_strip_and_an_empty_label_are_refused(task: ImageClassification) -> None:
+    task.encode([{"image": Image.new("L", (2, 100)), "label": "cat"}])
+    with pytest.raises(DataError, match=r"Row 0: the image has 2 x 101 pixels.*at most 50 times"):
+        task.encode([{"image": encode(Image.new("L", (2, 101))), "label": "cat"}])
+    with pytest.raises(ConfigError, match=r"empty label in its column 'label'.*Label these rows"):
+        list_classes(["cat", " ", "dog"], column="label")
+
+
 @pytest.mark.parametrize(
     "value", [b"not an image", encode(Image.new("RGB", (9, 9)))[:20], "a.jpg", None, {"path": "x"}]
 )
