@@ -116,10 +116,14 @@ def run_benchmark(
 
     directory.mkdir(parents=True, exist_ok=True)
     failed: list[Cell] = []
+    num_waiting = 0
     with tqdm(cells, desc="recovery", unit="cell") as bar:
         for cell in bar:
             bar.set_postfix_str(cell.name[:70])
-            if read_cell(directory, cell) is not None or not is_wanted(cell, plan.cells, directory):
+            if read_cell(directory, cell) is not None:
+                continue
+            if not is_wanted(cell, plan.cells, directory):
+                num_waiting += best_candidate(cell, plan.cells, directory) is None
                 continue
             # Another process may be at work on the same cell.
             with file_lock(directory / cell.name / "lock"):
@@ -132,7 +136,8 @@ def run_benchmark(
             report(plan, directory, command=command, results=results)
     done = report(plan, directory, command=command, results=results)
     sys.stdout.write(describe_results(done, read_shared(directory)) + "\n")
-    sys.stdout.write(f"{len(done)} cells done, {len(failed)} failed; report in {results or directory}\n")
+    waiting = f", {num_waiting} wait until settings are chosen at their first task and seed" if num_waiting else ""
+    sys.stdout.write(f"{len(done)} cells done, {len(failed)} failed{waiting}; report in {results or directory}\n")
     return failed
 
 
@@ -241,7 +246,9 @@ def describe_cell(
             "accuracy": plug_in["accuracy"] - tuned["accuracy"] if "accuracy" in plug_in else None,
         },
         "exact_weight_fraction": offsite["exact_weight_fraction"],
-        "client_bytes": sizes["bundle_per_client"] + 2 * num_rounds * sizes["update_per_client_round"],
+        "client_bytes": sizes["bundle_per_client"]
+        + sizes["realignment_per_client"]
+        + 2 * num_rounds * sizes["update_per_client_round"],
         "client_tokens": sum(line.get("num_tokens", 0) for line in metrics),
         "seconds": summary["seconds"]["total"],
         "kept_blocks": offsite["kept_blocks"],

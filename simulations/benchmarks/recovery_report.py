@@ -29,7 +29,7 @@ def describe_results(results: Sequence[Result], shared: Sequence[Mapping[str, An
     chosen = [result for result in results if result["chosen"]]
     tables = {
         "Recovery by task: mean over seeds (test questions; settings chosen on validation data)": task_table(chosen),
-        "Recovery of the mean over tasks and seeds": mean_table(chosen),
+        "Recovery of the mean over tasks with answers, and seeds": mean_table(chosen),
         "Cells": cell_table(chosen),
         "What was tried, by the loss on validation data": choice_table(results, shared),
         "Rank correlation of cheap predictors with recovery over emulators (higher is better)": predictor_table(chosen),
@@ -113,10 +113,18 @@ def shares(cells: Sequence[Result]) -> dict[str, str]:
     }
 
 
+def with_answers(results: Sequence[Result]) -> list[Result]:
+    """Return the results of tasks that are answered right or wrong; losses of running text do not go with theirs.
+
+    Where there is no such task, all results are returned.
+    """
+    return [result for result in results if "accuracy" in result["rows"]["plug_in"]] or list(results)
+
+
 def mean_table(results: Sequence[Result]) -> list[dict[str, str]]:
-    """Return the recovery of the mean over tasks; a task counts once however many seeds it has."""
+    """Return the recovery of the mean over tasks with answers; a task counts once however many seeds it has."""
     rows = []
-    for (federation, emulator), cells in group(results, "federation", "emulator").items():
+    for (federation, emulator), cells in group(with_answers(results), "federation", "emulator").items():
         tasks = group(cells, "task")
         row = {
             "run": federation,
@@ -282,7 +290,7 @@ Points = dict[str, list[tuple[float, float, float, float]]]
 def mean_points(results: Sequence[Result], measure: str) -> Points:
     """Return by emulator and federation its bytes, and the mean and interval over seeds of its tasks' recovery."""
     points = {}
-    for (emulator, federation), cells in group(results, "emulator", "federation").items():
+    for (emulator, federation), cells in group(with_answers(results), "emulator", "federation").items():
         by_seed = [pooled_recovery(part, measure) for part in group(cells, "seed").values()]
         if known := [value for value in by_seed if value is not None]:
             size = mean(cell["emulator_bytes_fraction"] for cell in cells)
