@@ -18,13 +18,19 @@ from ot_federated.cache import cache_root, file_lock
 from ot_federated.errors import BundleError, DataError
 from ot_federated.model_owner.compression.calibration import tokenise_public_text, window_length
 from ot_federated.model_owner.compression.choice import choose_blocks, text_free
-from ot_federated.model_owner.compression.distillation import Distillation, distil
+from ot_federated.model_owner.compression.distillation import Distillation, as_received, distil
 from ot_federated.model_owner.compression.gaps import bridged_ways, build_bridges
 from ot_federated.model_owner.compression.keeping import spread_evenly
 from ot_federated.model_owner.compression.shrinking import shrink_blocks
 from ot_federated.model_owner.plug_in import full_model_names
-from ot_federated.model_owner.splitting import plan_stack, split_tensors, write_bundle
-from ot_federated.packed_tensors import pack, unpack
+from ot_federated.model_owner.splitting import (
+    check_emulator_bytes,
+    draft_manifest,
+    plan_stack,
+    split_tensors,
+    write_bundle,
+)
+from ot_federated.packed_tensors import pack
 from ot_federated.tasks.losses import num_public_tokens
 from ot_federated.tasks.vocabulary import check_token
 
@@ -131,7 +137,7 @@ def prepare_bundle(
         if windows is not None and any(entry.role == "bridge" for entry in stack):
             say(f"Fitting bridges on {len(windows)} windows of public text, or images")
             width = bridge_width if gaps == "trained-bridge" else 0
-            received = unpack(*pack(tensors, transport=transport), dtype=next(model.parameters()).dtype)
+            received = as_received(tensors, transport=transport, dtype=next(model.parameters()).dtype)
             stack, bridges = build_bridges(
                 model,
                 windows,
@@ -144,6 +150,9 @@ def prepare_bundle(
             )
             tensors |= bridges
         if distillation and public is not None:
+            # Before the long work; write_bundle checks all.
+            middle_bytes = draft_manifest(model, stack, compression="").middle_bytes
+            check_emulator_bytes(pack(tensors, transport=transport)[0], middle_bytes=middle_bytes)
             learnt, held_out = hold_out(public)
             tensors = distil(
                 model,
@@ -152,6 +161,7 @@ def prepare_bundle(
                 learnt,
                 held_out,
                 settings=distillation,
+                transport=transport,
                 checkpoints=cache_root() / "distillation" / directory.name,
                 say=say,
             )

@@ -15,7 +15,14 @@ from ot_federated.config import parse_run_config
 from ot_federated.emulated_model import build_emulated_model, load_emulated_model
 from ot_federated.errors import ConfigError, DataError
 from ot_federated.model_owner.compression import distillation as module
-from ot_federated.model_owner.compression.distillation import Distillation, distil, distillation_loss, target_blocks
+from ot_federated.model_owner.compression.distillation import (
+    Distillation,
+    as_received,
+    distil,
+    distillation_loss,
+    emulator_parameters,
+    target_blocks,
+)
 from ot_federated.model_owner.compression.gaps import build_bridges
 from ot_federated.model_owner.preparation import hold_out, prepare_bundle
 from ot_federated.model_owner.splitting import draft_manifest, plan_stack, split_tensors
@@ -134,6 +141,54 @@ def test_a_distillation_that_harms_the_plug_in_is_not_used(tmp_path: Path) -> No
     result = run(model, tmp_path / "c", said=said, learning_rate=1e30, validation_steps=2)
     assert all(torch.equal(result[name], tensors[name]) for name in tensors)
     assert [line.split(":")[0] for line in said] == [f"Distilled {step} of 12 steps" for step in (0, 4, 8, 12)]
+
+
+@pytest.mark.parametrize("trains", ["all", "bridges"])
+def test_what_clients_get_is_what_is_taught_and_scored(
+    trains: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_family_model("llama")
+    stack, tensors = start(model, kept=[3], bridged=True)
+    packed = as_received(tensors, transport="int4", dtype=torch.float32)
+    names = emulator_parameters(
+        build(model, stack, tensors), draft_manifest(model, stack, compression=""), trains="all"
+    )
+    matrices = [name for name in names if name.startswith("emulator.") and tensors[name].dim() > 1]
+    seen: dict[str, list[dict[str, torch.Tensor]]] = {"taught": [], "scored": []}
+
+    def watch(function: Any, kind: str, position: int) -> Any:
+        def watched(*arguments: Any, **keywords: Any) -> Any:
+            found = emulator_parameters(
+                arguments[position], arguments[2] if kind == "scored" else manifest, trains="all"
+            )
+            seen[kind].append({name: parameter.detach().clone() for name, parameter in found.items()})
+            return function(*arguments, **keywords)
+
+        return watched
+
+    manifest = draft_manifest(model, stack, compression="")
+    monkeypatch.setattr(module, "distillation_loss", watch(module.distillation_loss, "taught", 1))
+    monkeypatch.setattr(module, "validate_by_plug_in", watch(module.validate_by_plug_in, "scored", 1))
+    changed = replace(settings, trains=trains, validation_steps=1)
+    distil(
+        model,
+        stack,
+        tensors,
+        windows[:-2],
+        windows[-2:],
+        settings=changed,
+        transport="int4",
+        checkpoints=tmp_path / "c",
+        say=lambda _: None,
+    )
+    # What does not train is what clients get, and what trains is scored as they would get it.
+    for name in matrices:
+        assert torch.equal(seen["taught"][-1][name], packed[name]) == (trains == "bridges")
+        assert torch.equal(seen["scored"][0][name], packed[name])
+    last = seen["scored"][-1]
+    again = as_received(last, transport="int4", dtype=torch.float32)
+    for name in [name for name in tensors if tensors[name].dim() > 1]:
+        torch.testing.assert_close(again[name], last[name], rtol=0.02, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +35,7 @@ from ot_federated.emulated_model import build_emulated_model, model_names
 from ot_federated.model_owner.compression.calibration import record_blocks
 from ot_federated.model_owner.compression.plug_in_validation import validate_by_plug_in
 from ot_federated.model_owner.splitting import draft_manifest, split_tensors
+from ot_federated.packed_tensors import pack, unpack
 from ot_federated.tasks.language_model import hidden_states, target_log_probs
 from ot_federated.tasks.losses import run_model
 from ot_federated.training import MasterWeights, OptimizerSettings, draw_batches, scale_learning_rate
@@ -81,12 +84,14 @@ def distil(
     held_out: torch.Tensor,
     *,
     settings: Distillation,
+    transport: str = "as-is",
     checkpoints: Path,
     say: Callable[[str], None],
 ) -> dict[str, torch.Tensor]:
     """Return the emulator's tensors after distillation, in the model's type.
 
-    A run that was stopped goes on where its last checkpoint is, with the same result on a CPU.
+    Clients get these packed: what does not train stands here as they get it, and what trains is scored so. A run that
+    was stopped goes on where its last checkpoint is, with the same result on a CPU.
 
     Args:
         model: The full model, which teaches.
@@ -95,12 +100,14 @@ def distil(
         windows: Token windows of public text to train on, ``(num_windows, window)``.
         held_out: Others, to score on.
         settings: How.
+        transport: How the emulator will be packed, see :mod:`ot_federated.packed_tensors`.
         checkpoints: A directory of this very distillation's own; it is gone at the end.
         say: Told what is going on.
     """
     manifest = draft_manifest(model, stack, compression="")
     parts = split_tensors(model, stack, bridges={})
-    emulated = build_emulated_model(manifest, {**parts["adapter"], **parts["frozen"], **tensors})
+    received = partial(as_received, transport=transport, dtype=next(model.parameters()).dtype)
+    emulated = build_emulated_model(manifest, {**parts["adapter"], **parts["frozen"], **received(tensors)})
     emulated = emulated.to(model.device)  # type: ignore[arg-type]  # transformers annotates .to loosely
     parameters = emulator_parameters(emulated, manifest, trains=settings.trains)
     if not parameters:
@@ -109,7 +116,7 @@ def distil(
     masters = MasterWeights(
         emulated,
         parameters,
-        start=None,
+        start={name: tensors[name] for name in parameters},
         optimizer=OptimizerSettings(
             learning_rate=settings.learning_rate, lr_schedule="cosine", warmup_fraction=0.1, weight_decay=0.0
         ),
@@ -131,7 +138,8 @@ def distil(
     with tqdm(total=settings.num_steps, initial=first, desc="distillation", unit=" steps", disable=None) as bar:
         for step in range(first, settings.num_steps + 1):
             if validates and step in marks and (step > first or step == 0):
-                best = _validate(model, emulated, manifest, masters, windows, held_out, settings, step, best, say)
+                with _shown(parameters, received(masters.weights())):
+                    best = _validate(model, emulated, manifest, masters, windows, held_out, settings, step, best, say)
             if step == settings.num_steps:
                 break
             if step > first and step % settings.checkpoint_steps == 0:
@@ -147,6 +155,25 @@ def distil(
     result.update({name: weights[name].to(tensors[name].dtype) for name in parameters})
     shutil.rmtree(checkpoints, ignore_errors=True)
     return result
+
+
+def as_received(tensors: Mapping[str, torch.Tensor], *, transport: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return an emulator's tensors as clients get them: packed and unpacked."""
+    in_type = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    return unpack(*pack(in_type, transport=transport), dtype=dtype)
+
+
+@contextmanager
+def _shown(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Let parameters have other values for a while."""
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        parameter.data = values[name].to(parameter.data)
+    try:
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = own[name]
 
 
 def emulator_parameters(emulated: nn.Module, manifest: Manifest, *, trains: str) -> dict[str, nn.Parameter]:
