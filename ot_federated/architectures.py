@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
+from ot_federated import block_layers
+from ot_federated.block_layers import BlockLayers
 from ot_federated.errors import ArchitectureError, ConfigError, nearest_match
 from ot_federated.timm_models import check_timm_config, complete_timm_config, timm_model_type
 
@@ -31,21 +33,6 @@ code_fields = (
     "_experts_implementation_internal",
     "quantization_config",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockLayers:
-    """Where a block keeps its linear layers: what is needed to make it smaller.
-
-    Attributes:
-        ffn_in: Paths, within a block, of the layers whose outputs are the FFN's neurons.
-        ffn_out: Paths of the layers whose inputs are the FFN's neurons.
-        attention: Paths of the attention's linear layers.
-    """
-
-    ffn_in: tuple[str, ...] = ()
-    ffn_out: tuple[str, ...] = ()
-    attention: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +61,7 @@ class Architecture:
         complete: Writes into the full model's config, before it is loaded, the fields that are read here and that it
             leaves to defaults.
         layers: Where a block keeps its linear layers; empty where blocks are only kept or dropped.
+        other_layers: Where blocks keep them that the config builds otherwise; see :func:`find_layers`.
     """
 
     family: str
@@ -92,7 +80,8 @@ class Architecture:
     uncalled: tuple[str, ...] = ()
     check: Callable[[Any], None] | None = None
     complete: Callable[[Any], None] | None = None
-    layers: BlockLayers = BlockLayers()
+    layers: BlockLayers = block_layers.absent
+    other_layers: tuple[BlockLayers, ...] = ()
 
 
 _table: dict[str, Architecture] = {}
@@ -109,18 +98,12 @@ def list_architectures() -> dict[str, Architecture]:
     return dict(_table)
 
 
-_gated = BlockLayers(
-    ffn_in=("mlp.gate_proj", "mlp.up_proj"),
-    ffn_out=("mlp.down_proj",),
-    attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-)
-
 for _architecture in (
     Architecture(
         family="LLaMA",
         model_types=("llama",),
         blocks="model.layers",
-        layers=_gated,
+        layers=block_layers.gated,
         sublayer_outputs=("o_proj", "down_proj"),
     ),
     Architecture(
@@ -129,7 +112,7 @@ for _architecture in (
         blocks="model.layers",
         per_block_fields=("layer_types",),
         sublayer_outputs=("o_proj", "down_proj"),
-        layers=_gated,
+        layers=block_layers.gated,
     ),
     Architecture(
         family="Qwen",
@@ -137,7 +120,7 @@ for _architecture in (
         blocks="model.layers",
         per_block_fields=("layer_types",),
         sublayer_outputs=("o_proj", "down_proj"),
-        layers=_gated,
+        layers=block_layers.gated,
     ),
     Architecture(
         family="Gemma",
@@ -145,7 +128,7 @@ for _architecture in (
         blocks="model.layers",
         per_block_fields=("layer_types",),
         sublayer_outputs=("o_proj", "down_proj"),
-        layers=_gated,
+        layers=block_layers.gated,
     ),
     Architecture(
         family="OPT",
@@ -199,6 +182,7 @@ for _architecture in (
             head="classifier",
             size_argument="interpolate_pos_encoding",
             sublayer_outputs=("o_proj", "fc2"),
+            layers=block_layers.vision,
         )
         for family, model_type in (("ViT", "vit"), ("DeiT", "deit"))
     ),
@@ -211,6 +195,7 @@ for _architecture in (
         size_argument="interpolate_pos_encoding",
         section="vision_config",
         sublayer_outputs=("out_proj", "fc2"),
+        layers=block_layers.clip,
     ),
     *(
         Architecture(
@@ -221,6 +206,8 @@ for _architecture in (
             head="classifier",
             dropped_fields=("stage_names", "out_features", "out_indices"),
             sublayer_outputs=("o_proj", "fc2"),
+            layers=block_layers.vision,
+            other_layers=(block_layers.dinov2_gated,),
         )
         for family, model_type in (("DINOv2", "dinov2"), ("DINOv2 with registers", "dinov2_with_registers"))
     ),
@@ -243,6 +230,8 @@ for _architecture in (
         sublayer_outputs=("attn.proj", "mlp.fc2"),
         # Where queries, keys and values are one matrix, its biases are two parameters and a buffer beside it.
         uncalled=("attn.qkv",),
+        layers=block_layers.eva[0],
+        other_layers=block_layers.eva[1:],
         check=check_timm_config,
         complete=complete_timm_config,
     ),
@@ -295,6 +284,25 @@ def get_blocks(model: nn.Module, architecture: Architecture) -> nn.ModuleList:
     if not isinstance(blocks, nn.ModuleList):
         raise ArchitectureError(f"{architecture.blocks!r} is a {type(blocks).__name__}, not a ModuleList of blocks.")
     return blocks
+
+
+def find_layers(block: nn.Module, architecture: Architecture) -> BlockLayers:
+    """Return where a block keeps its linear layers: the first of its family's layouts whose paths are all there.
+
+    The result is empty where the table does not say it.
+
+    Raises:
+        ArchitectureError: If the block has none of the layouts.
+    """
+    layouts = (architecture.layers, *architecture.other_layers)
+    for layout in layouts:
+        if layout.fits(block):
+            return layout
+    raise ArchitectureError(
+        f"{type(block).__name__} has its layers elsewhere than the table says of {architecture.family}: neither "
+        f"{' nor '.join(', '.join((*layout.ffn_in, *layout.ffn_out, *layout.attention)) for layout in layouts)}. "
+        "Register its own architecture, or take offsite.shrink=none."
+    )
 
 
 def find_head(model: nn.Module, architecture: Architecture) -> nn.Module | None:

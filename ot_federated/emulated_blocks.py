@@ -18,7 +18,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import Cache
 
-from ot_federated.architectures import Architecture
+from ot_federated.architectures import Architecture, find_layers
+from ot_federated.block_layers import BlockLayers
 from ot_federated.errors import BundleError
 
 
@@ -84,6 +85,11 @@ class LowRankLinear(nn.Module):
         """Map ``(..., inputs)`` to ``(..., outputs)``."""
         return functional.linear(functional.linear(inputs, self.down), self.up, self.bias)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The whole matrix, for blocks that use a layer's weight without calling the layer (EVA's ``attn.qkv``)."""
+        return self.up @ self.down
+
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
     """Return outputs and inputs of a linear layer; GPT-2's Conv1D keeps its matrix transposed."""
@@ -107,23 +113,42 @@ def reshape_block(block: nn.Module, *, width: int, rank: int, architecture: Arch
     Raises:
         BundleError: If the family's table entry does not say where FFN and attention are, or a number is beyond them.
     """
-    if (width and not architecture.layers.ffn_in) or (rank and not architecture.layers.attention):
+    layers = find_layers(block, architecture)
+    if (width and not layers.ffn_in) or (rank and not layers.attention):
         raise BundleError(f"The table does not say where the FFN and attention layers of {architecture.family} are.")
-    for path, is_in in [(p, True) for p in architecture.layers.ffn_in] + [
-        (p, False) for p in architecture.layers.ffn_out
-    ]:
-        if width:
-            layer = block.get_submodule(path)
-            outputs, inputs = linear_shape(layer)
-            if width > (outputs if is_in else inputs):
-                raise BundleError(f"An FFN of {width} neurons is wider than the model's own.")
-            sizes = {"outputs": width, "inputs": inputs} if is_in else {"outputs": outputs, "inputs": width}
-            block.set_submodule(path, _resize(layer, **sizes))
-    for path in architecture.layers.attention:
+    if width:
+        _narrow_ffn(block, layers, width=width)
+    for path in layers.attention:
         layer = block.get_submodule(path)
         outputs, inputs = linear_shape(layer)
         if rank and saves_by_rank(outputs, inputs, rank=rank):
             block.set_submodule(path, LowRankLinear(inputs, outputs, rank=rank, has_bias=layer.bias is not None))
+
+
+def count_neurons(block: nn.Module, layers: BlockLayers) -> int:
+    """Return the number of neurons of a block's FFN."""
+    return linear_shape(block.get_submodule(layers.ffn_out[0]))[1]
+
+
+def _narrow_ffn(block: nn.Module, layers: BlockLayers, *, width: int) -> None:
+    num_neurons = count_neurons(block, layers)
+    if width > num_neurons:
+        raise BundleError(f"An FFN of {width} neurons is wider than the model's own.")
+    for path in layers.ffn_in:
+        layer = block.get_submodule(path)
+        outputs, inputs = linear_shape(layer)
+        block.set_submodule(path, _resize(layer, outputs=outputs // num_neurons * width, inputs=inputs))
+    for path in layers.ffn_out:
+        layer = block.get_submodule(path)
+        block.set_submodule(path, _resize(layer, outputs=linear_shape(layer)[0], inputs=width))
+    for path in layers.ffn_norms:
+        norm: Any = block.get_submodule(path)
+        if isinstance(norm, nn.Identity):
+            continue
+        # In place: a subclass may keep more than its sizes.
+        norm.normalized_shape = (width,)
+        for name, parameter in list(norm.named_parameters()):
+            setattr(norm, name, nn.Parameter(torch.empty_like(parameter[:width])))
 
 
 def _resize(layer: nn.Module, *, outputs: int, inputs: int) -> nn.Module:

@@ -172,13 +172,26 @@ def get_head(model: PreTrainedModel) -> Any:
     return head
 
 
-def save_image_model(directory: Path, family: str = "vit", *, seed: int = 0, classes: int = 2, **fields: Any) -> Path:
-    """Write a small random image model and its image processor as a save_pretrained directory."""
+def build_image_model(
+    family: str = "vit", *, seed: int = 0, classes: int = 2, dtype: torch.dtype = torch.float32, **fields: Any
+) -> PreTrainedModel:
+    """Build a random image model of one family, its head included."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **{**_image_families[family], **fields})
     config.num_labels = classes
-    model = AutoModelForImageClassification.from_config(config).eval()
+    # EVA's buffers have its weights' type, so that it is built in it.
+    model = AutoModelForImageClassification.from_config(config, dtype=dtype).eval()
     _draw_weights(model)
-    model.save_pretrained(directory)
-    ViTImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(directory)
+    return model
+
+
+def image_processor() -> ViTImageProcessorPil:
+    """Build the image processor of small models, which read 28 x 28 pixels."""
+    return ViTImageProcessorPil(size={"height": 28, "width": 28})
+
+
+def save_image_model(directory: Path, family: str = "vit", *, seed: int = 0, classes: int = 2, **fields: Any) -> Path:
+    """Write a small random image model and its image processor as a save_pretrained directory."""
+    build_image_model(family, seed=seed, classes=classes, **fields).save_pretrained(directory)
+    image_processor().save_pretrained(directory)
     return directory

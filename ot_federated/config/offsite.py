@@ -24,7 +24,8 @@ class OffsiteConfig:
         "influence",
         "Which middle blocks stay. uniform: evenly spaced (Offsite-Tuning). By public text: influence: those that "
         "change their input most. cka: the centre of each cluster of like blocks (CRaSh). gradient: those without "
-        "which the adapter's gradient would change most.",
+        "which the adapter's gradient would change most; with a classification head by labelled public data, or by "
+        "what the head reads.",
         choices=("uniform", "influence", "cka", "gradient"),
     )
     gaps: str = setting(
@@ -102,7 +103,8 @@ class OffsiteConfig:
     )
     distillation_validation_steps: int = setting(
         16,
-        "Steps of adapter tuning, at four points of the distillation, before the plug-in is scored on public text; the "
-        "best state is released. 0: the last state.",
+        "Steps of adapter tuning, at four points of the distillation, before the plug-in is scored on public data; the "
+        "best state is released. With a classification head this takes labels; without them the error of the middle's "
+        "output decides. 0: the last state.",
         minimum=0,
     )

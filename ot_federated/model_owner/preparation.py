@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -31,6 +31,7 @@ from ot_federated.model_owner.splitting import (
     write_bundle,
 )
 from ot_federated.packed_tensors import pack
+from ot_federated.tasks.base import AnyExample
 from ot_federated.tasks.losses import num_public_tokens
 from ot_federated.tasks.vocabulary import check_token
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ot_federated.processors import Processor
+
+Inputs = TypeVar("Inputs", torch.Tensor, Sequence[AnyExample], tuple[AnyExample, ...])
 
 
 def prepare_bundle(
@@ -51,6 +54,7 @@ def prepare_bundle(
     keep: str,
     gaps: str,
     read_public_text: Callable[[], Sequence[str] | torch.Tensor],
+    read_labelled: Callable[[], Sequence[AnyExample]] = lambda: (),
     calibration_tokens: int,
     calibration_window: int = window_length,
     ridge: float,
@@ -78,6 +82,8 @@ def prepare_bundle(
         gaps: What stands in for dropped blocks, see :mod:`ot_federated.model_owner.compression.gaps`.
         read_public_text: Gives the public texts, or images ``(num_images, channels, height, width)``; called only when
             they are needed.
+        read_labelled: Gives labelled public examples, of images these very ones in their order; none where there are
+            none. Called only when a classification head's loss is of use.
         calibration_tokens: Tokens of public text to use.
         calibration_window: Tokens that are read together.
         ridge: Penalty of the bridges, relative.
@@ -104,12 +110,14 @@ def prepare_bundle(
     with file_lock(lock, on_wait=lambda: say("Another run is making the same bundle: waiting for it")):
         if prepared := _read_prepared(directory, model, say=say):
             return directory, prepared
-        windows, public = None, None
+        windows, public, labelled = None, None, tuple[AnyExample, ...]()
         if keep not in text_free or gaps in bridged_ways or distillation:
             texts = read_public_text()
             windows = prepare_windows(model, tokenizer, texts, num_tokens=calibration_tokens, length=calibration_window)
             if distillation:
                 public = prepare_windows(model, tokenizer, texts, num_tokens=distillation_tokens)
+            if keep == "gradient" or distillation:
+                labelled = tuple(read_labelled())
         last = len(blocks) - top - 1
         inside = spread_evenly(first=bottom, last=last, num_blocks=spread)
         kept = choose_blocks(
@@ -121,6 +129,7 @@ def prepare_bundle(
             num_kept=emulator,
             spread=inside,
             ridge=ridge,
+            labelled=labelled,
             say=say,
         )
         stack = plan_stack(
@@ -164,6 +173,7 @@ def prepare_bundle(
                 transport=transport,
                 checkpoints=cache_root() / "distillation" / directory.name,
                 say=say,
+                labelled=hold_out_labelled(labelled, public),
             )
         words = [shrink, transport, f"distilled-{distillation.num_steps}" if distillation else "none"]
         manifest = write_bundle(
@@ -218,19 +228,36 @@ def prepare_windows(
     return windows
 
 
-def hold_out(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divide public inputs: all but the last eighth to learn from, the last eighth, at most 16 windows, to score on.
+def hold_out(inputs: Inputs) -> tuple[Inputs, Inputs]:
+    """Divide public inputs: all but the last eighth to learn from, the last eighth to score on.
+
+    Of that at most 16 windows of text, or 128 images or labelled examples.
 
     Raises:
         DataError: If there are fewer than two.
     """
-    if len(windows) < 2:
+    if len(inputs) < 2:
         raise DataError(
-            "The public data is one window of text or one image, too little to distil on and to keep some apart. Give "
-            "more with offsite.public-text, or set offsite.distillation-steps=0."
+            "The public data is one window of text, one example or one image, too little to distil on and to keep some "
+            "apart. Give more with offsite.public-text, or set offsite.distillation-steps=0."
         )
-    num_held_out = max(1, min(len(windows) // 8, 16))
-    return windows[:-num_held_out], windows[-num_held_out:]
+    is_text = isinstance(inputs, torch.Tensor) and not inputs.is_floating_point()
+    num_held_out = max(1, min(len(inputs) // 8, 16 if is_text else 128))
+    return inputs[:-num_held_out], inputs[-num_held_out:]
+
+
+def hold_out_labelled(
+    labelled: tuple[AnyExample, ...], public: torch.Tensor
+) -> tuple[tuple[AnyExample, ...], tuple[AnyExample, ...]]:
+    """Divide labelled examples as :func:`hold_out` divides the inputs that are distilled on.
+
+    Args:
+        labelled: Examples, of images those of ``public`` in their order.
+        public: What is distilled on and what is held out, together.
+    """
+    if public.is_floating_point():
+        labelled = labelled[: len(public)]
+    return hold_out(labelled) if len(labelled) > 1 else ((), ())
 
 
 def check_model(directory: Path, manifest: Manifest, model: PreTrainedModel) -> None:

@@ -23,8 +23,9 @@ from ot_federated.emulated_model import load_emulated_model
 from ot_federated.errors import ConfigError
 from ot_federated.model_owner.compression.calibration import block_states
 from ot_federated.model_owner.evaluation import choose_rows
-from ot_federated.model_owner.owner import load_parts, make_bundle, read_public
+from ot_federated.model_owner.owner import load_parts, make_bundle
 from ot_federated.model_owner.preparation import check_model, prepare_windows
+from ot_federated.model_owner.public_data import read_public
 from ot_federated.model_owner.splitting import count_exact
 from ot_federated.sources import load_table
 from ot_federated.tasks.base import Example, Row, Task

@@ -56,6 +56,11 @@ def continuations(examples: Sequence[AnyExample]) -> list[Example]:
     return found
 
 
+def predicts_tokens(model: PreTrainedModel, inputs: torch.Tensor) -> bool:
+    """Whether a model predicts the next token of such inputs: it reads text and has no classification head."""
+    return not inputs.is_floating_point() and find_head(model, find_architecture(model.config)) is None
+
+
 def run_model(model: PreTrainedModel, batch: torch.Tensor) -> None:
     """Run the model on public inputs, for what hooks see.
 

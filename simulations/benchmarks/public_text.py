@@ -32,11 +32,12 @@ from ot_federated.cache import atomic_write_text
 from ot_federated.config import RunConfig, parse_run_config
 from ot_federated.emulated_model import load_emulated_model
 from ot_federated.errors import ConfigError, DataError, OtFederatedError
-from ot_federated.model_owner.compression.distillation import predicts_tokens
 from ot_federated.model_owner.compression.fidelity import measure_fidelity
 from ot_federated.model_owner.compression.plug_in_validation import cut_windows, mean_loss, validate_by_plug_in
-from ot_federated.model_owner.owner import Parts, load_parts, make_bundle, read_public
+from ot_federated.model_owner.owner import Parts, load_parts, make_bundle
 from ot_federated.model_owner.preparation import prepare_windows
+from ot_federated.model_owner.public_data import read_public
+from ot_federated.tasks.losses import predicts_tokens
 from simulations.benchmarks.environment import write_results
 from simulations.command_line import parse_settings
 
@@ -175,8 +176,8 @@ def measure_cell(config: RunConfig, bench: Bench) -> dict[str, Any]:
         model,
         emulated,
         manifest,
-        tune_on=bench.tune_on,
-        score_on=bench.score_on,
+        tune_on=cut_windows(bench.tune_on),
+        score_on=cut_windows(bench.score_on),
         num_steps=bench.num_steps,
         seed=config.seed,
     )

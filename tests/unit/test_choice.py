@@ -10,16 +10,29 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from ot_federated.emulated_model import build_emulated_model
 from ot_federated.errors import ConfigError
 from ot_federated.model_owner.compression.choice import choose_blocks
 from ot_federated.model_owner.compression.cka_clusters import block_similarity, keep_cluster_centres
+from ot_federated.model_owner.compression.fidelity import measure_fidelity
+from ot_federated.model_owner.compression.gaps import build_bridges
 from ot_federated.model_owner.compression.gradient_keeping import (
     choose_by_run_errors,
     run_errors,
     states_and_gradients,
 )
 from ot_federated.model_owner.compression.keeping import spread_evenly
-from tests.families import build_family_model, family_names
+from ot_federated.model_owner.compression.public_losses import public_losses
+from ot_federated.model_owner.splitting import draft_manifest, plan_stack, split_tensors
+from ot_federated.tasks.base import LabelledImage, LabelledText
+from tests.families import (
+    build_family_model,
+    build_image_model,
+    family_names,
+    get_head,
+    image_families,
+    num_blocks,
+)
 
 windows = torch.randint(4, 260, (6, 48), generator=torch.Generator().manual_seed(0))
 
@@ -108,7 +121,7 @@ def test_runs_are_chosen_as_by_trying_all_sets(num_kept: int) -> None:
 
 def test_gradients_are_those_of_the_loss() -> None:
     model = build_family_model("gpt2")
-    states, gradients = states_and_gradients(model, windows[:1], first=3, last=4)
+    states, gradients = states_and_gradients(model, public_losses(model, windows[:1]), first=3, last=4)
     ids = windows[:1]
     output = model(input_ids=ids, output_hidden_states=True, use_cache=False)
     loss = torch.nn.functional.cross_entropy(output.logits[0, :-1], ids[0, 1:], reduction="sum")
@@ -134,7 +147,118 @@ def test_without_public_text_it_says_what_to_do() -> None:
         choose(build_family_model("llama"), "gradients")
 
 
-def test_gradient_is_refused_where_no_token_is_predicted() -> None:
-    model = AutoModelForSequenceClassification.from_config(build_family_model("llama").config)
-    with pytest.raises(ConfigError, match=r"offsite.keep='gradient' is for language models.*take offsite.keep=uniform"):
-        choose(model, "gradient")
+def image_examples(num: int = 24, *, seed: int = 0) -> list[LabelledImage]:
+    """Return random images with random labels of two classes."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(num, 3, 28, 28, generator=generator)
+    labels = torch.randint(0, 2, (num,), generator=generator).tolist()
+    return [LabelledImage(image.clone, label) for image, label in zip(pixels, labels, strict=True)]
+
+
+def stack_images(examples: list[LabelledImage]) -> torch.Tensor:
+    return torch.stack([example.read() for example in examples])
+
+
+@pytest.mark.parametrize("with_labels", [True, False])
+@pytest.mark.parametrize("family", image_families)
+def test_gradient_works_in_every_image_family(family: str, with_labels: bool) -> None:
+    model, examples = build_image_model(family), image_examples()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    labelled = examples if with_labels else ()
+    kept = choose(model, "gradient", windows=stack_images(examples), labelled=labelled)
+    assert len(kept) == 2
+    assert kept == sorted(set(kept))
+    assert set(kept) <= {2, 3, 4, 5}
+    assert choose(model, "gradient", windows=stack_images(examples), labelled=labelled) == kept
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_gradient_works_with_a_head_on_texts(with_labels: bool) -> None:
+    config = build_family_model("llama").config
+    config.num_labels = 2
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    labelled = [LabelledText(tuple(row), number % 2) for number, row in enumerate(windows.tolist())]
+    kept = choose(model, "gradient", labelled=labelled if with_labels else ())
+    assert len(set(kept) & {2, 3, 4, 5}) == 2
+
+
+def test_blocks_that_do_nothing_to_images_are_dropped_by_gradient() -> None:
+    model, examples = build_image_model("vit"), image_examples()
+    with torch.no_grad():
+        for index in (2, 4):
+            for path in ("attention.o_proj", "mlp.fc2"):
+                layer = model.get_submodule(f"vit.layers.{index}.{path}")
+                layer.weight.zero_()
+                layer.bias.zero_()
+    for labelled in (examples, []):
+        assert choose(model, "gradient", windows=stack_images(examples), labelled=labelled) == [3, 5]
+
+
+def test_an_untrained_head_gives_no_gradient_and_is_projected_instead() -> None:
+    model, examples = build_image_model("vit"), image_examples()
+    with torch.no_grad():
+        for parameter in get_head(model).parameters():
+            parameter.zero_()
+    images = stack_images(examples)
+    _, gradients = states_and_gradients(model, public_losses(model, images, examples), first=2, last=5, at_least=8)
+    assert all(float(gradient.norm()) > 0 for gradient in gradients)
+    _, again = states_and_gradients(model, public_losses(model, images), first=2, last=5, at_least=8)
+    assert all(torch.equal(one, other) for one, other in zip(gradients, again, strict=True))
+
+
+def test_a_projections_gradient_is_the_heads_inputs() -> None:
+    model, images = build_image_model("vit"), stack_images(image_examples(2))
+    _, gradients = states_and_gradients(model, public_losses(model, images), first=3, last=3)
+    output = model.vit(images[:1], output_hidden_states=True)
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (1, 32), generator=generator) * 2 - 1
+    loss = (output.last_hidden_state[:, 0] * signs).sum()
+    (expected,) = torch.autograd.grad(loss, [output.hidden_states[4]])
+    torch.testing.assert_close(gradients[1][: expected.shape[1]], expected[0], rtol=1e-4, atol=1e-6)
+
+
+def test_the_chosen_emulator_keeps_the_gradient_of_images_better_than_most() -> None:
+    """Against all other sets of two of five blocks, with bridges, by the cosine of the adapter's gradient.
+
+    The costs of runs are taken as independent, which they are not, so that now and then a bad set is chosen: in one of
+    these four models it is the worst.
+    """
+    gains: dict[bool, list[float]] = {True: [], False: []}
+    for seed in range(4):
+        model = build_uneven_model(seed)
+        examples, scored = image_examples(), image_examples(8, seed=1)
+        images = stack_images(examples)
+        sets = itertools.combinations(range(1, 6), 2)
+        cosines = {kept: gradient_cosine(model, kept, images, scored) for kept in sets}
+        for with_labels, gain in gains.items():
+            labelled = examples if with_labels else ()
+            found = tuple(choose(model, "gradient", windows=images, labelled=labelled, first=1, last=5))
+            gain.append(cosines[found] - float(np.mean(list(cosines.values()))))
+    for gain in gains.values():
+        assert sum(each > 0 for each in gain) >= 3
+        assert float(np.mean(gain)) > 0.05
+
+
+def build_uneven_model(seed: int) -> Any:
+    """Build a ViT whose blocks change their input by different amounts."""
+    model: Any = build_image_model("vit", seed=seed)
+    factors = np.random.default_rng(seed).uniform(0.1, 1.5, size=num_blocks)
+    with torch.no_grad():
+        for block, factor in zip(model.vit.layers, factors, strict=True):
+            block.attention.o_proj.weight.mul_(factor)
+            block.mlp.fc2.weight.mul_(factor)
+    return model
+
+
+def gradient_cosine(model: Any, kept: tuple[int, ...], images: torch.Tensor, scored: list[LabelledImage]) -> float:
+    stack = plan_stack(num_blocks=num_blocks, bottom=1, top=2, kept=kept, bridged=True)
+    parts = split_tensors(model, stack, bridges={})
+    stack, bridges = build_bridges(model, images, stack, parts["emulator"], ridge=0.01, in_order=True, rank=0, width=0)
+    tensors = {**parts["adapter"], **parts["frozen"], **parts["emulator"], **bridges}
+    manifest = draft_manifest(model, stack, compression="")
+    found = measure_fidelity(model, build_emulated_model(manifest, tensors), manifest, scored)
+    assert found.bottom_cosine is not None
+    assert found.top_cosine is not None
+    return (found.bottom_cosine + found.top_cosine) / 2

@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ot_federated.architectures import find_architecture, get_blocks
+from ot_federated import architectures
+from ot_federated.architectures import find_architecture, find_layers, get_blocks
+from ot_federated.block_layers import BlockLayers
 from ot_federated.bundle import Manifest, read_manifest, read_tensors
 from ot_federated.emulated_model import adapter_parameters, load_emulated_model
-from ot_federated.errors import ConfigError, DataError
+from ot_federated.errors import ArchitectureError, ConfigError, DataError
 from ot_federated.model_owner.compression.bridge_fitting import fit_bridges, fit_low_rank_bridges
 from ot_federated.model_owner.plug_in import plug_in
 from ot_federated.model_owner.preparation import prepare_bundle
 from ot_federated.model_owner.release_audit import describe_exposure
-from tests.families import build_family_model, byte_tokenizer, family_names
+from ot_federated.tasks.classification_model import image_logits
+from tests.families import (
+    build_family_model,
+    build_image_model,
+    byte_tokenizer,
+    family_names,
+    image_families,
+    image_family_names,
+    image_processor,
+    needs_timm,
+)
 
 text = ["The owner's public text, of which there is enough for a few windows. " * 40]
 token_ids = torch.randint(4, 260, (2, 14), generator=torch.Generator().manual_seed(0))
+images = torch.randn(24, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+# Blocks that a config builds otherwise than its family's usual ones: EVA's queries, keys and values apart, the FFN
+# plain, or with gate and value apart and a norm between; DINOv2's giant has a gated FFN.
+odd_image_models = [
+    *((family, {"use_swiglu_ffn": True}) for family in ("dinov2", "dinov2_with_registers")),
+    *(
+        pytest.param("timm_wrapper", {"architecture": layout}, marks=needs_timm)
+        for layout in ("eva_giant_patch14_224", "eva02_base_patch14_224", "eva02_base_patch16_clip_224")
+    ),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -29,10 +52,11 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def prepare(model: Any, **changes: Any) -> tuple[Path, Manifest]:
     settings = {"bottom": 1, "emulator": 2, "top": 2, "keep": "uniform", "gaps": "bridge", "ridge": 0.01} | changes
+    reads_images = find_architecture(model.config).kind == "image"
     return prepare_bundle(
         model,
-        byte_tokenizer(),
-        read_public_text=lambda: text,
+        image_processor() if reads_images else byte_tokenizer(),
+        read_public_text=lambda: images if reads_images else text,
         calibration_tokens=512,
         recipe=changes | {"model": id(model)},
         say=lambda _: None,
@@ -42,6 +66,8 @@ def prepare(model: Any, **changes: Any) -> tuple[Path, Manifest]:
 
 def run(model: Any) -> torch.Tensor:
     with torch.no_grad():
+        if find_architecture(model.config).kind == "image":
+            return image_logits(model, images[:2])
         return model(input_ids=token_ids, use_cache=False).logits
 
 
@@ -57,9 +83,20 @@ combinations: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", combinations, ids=lambda s: "+".join(map(str, s.values())))
-@pytest.mark.parametrize("family", family_names)
+@pytest.mark.parametrize("family", [*family_names, *image_families])
 def test_every_combination_in_every_family(family: str, settings: dict[str, Any]) -> None:
-    model = build_family_model(family, dtype=torch.bfloat16)
+    build = build_image_model if family in image_family_names else build_family_model
+    check_combination(build(family, dtype=torch.bfloat16), settings)
+
+
+@pytest.mark.parametrize("settings", [{"shrink": "svd+ffn"}, {"shrink": "magnitude"}], ids=["svd+ffn", "magnitude"])
+@pytest.mark.parametrize(("family", "fields"), odd_image_models, ids=lambda value: str(value)[:60])
+def test_image_blocks_of_other_layouts_shrink(family: str, fields: dict[str, Any], settings: dict[str, Any]) -> None:
+    check_combination(build_image_model(family, dtype=torch.bfloat16, **fields), settings)
+
+
+def check_combination(model: Any, settings: dict[str, Any]) -> None:
+    """Prepare a bundle, build the emulated model from it, and plug the untouched adapter in."""
     full = run(model)
     directory, manifest = prepare(model, **settings)
     assert read_manifest(directory, digest=manifest.digest) == manifest
@@ -177,6 +214,64 @@ def test_pruning_of_neurons_that_do_nothing_changes_nothing() -> None:
         full = run(model)
         directory, manifest = prepare(model, emulator=5, shrink="ffn", gaps="empty", keep="uniform")
         torch.testing.assert_close(run(load_emulated_model(directory, manifest)), full)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("vit", {}),
+        ("dinov2", {"use_swiglu_ffn": True}),
+        *odd_image_models[2:3],
+        pytest.param("timm_wrapper", {}, marks=needs_timm),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_images_ffn_loses_the_neurons_that_do_nothing(family: str, fields: dict[str, Any]) -> None:
+    """Half of the neurons get zeros, among them those whose gate and value are one matrix: nothing changes."""
+    model = build_image_model(family, **fields)
+    architecture = find_architecture(model.config)
+    for block in get_blocks(model, architecture):
+        layers = find_layers(block, architecture)
+        num_neurons = block.get_submodule(layers.ffn_out[0]).in_features
+        idle = torch.randperm(num_neurons, generator=torch.Generator().manual_seed(0))[: num_neurons // 2]
+        with torch.no_grad():
+            for path in layers.ffn_in:
+                layer = block.get_submodule(path)
+                rows = torch.cat([idle + start for start in range(0, layer.out_features, num_neurons)])
+                layer.weight[rows], layer.bias[rows] = 0, 0
+            for path in layers.ffn_out:
+                block.get_submodule(path).weight[:, idle] = 0
+    full = run(model)
+    directory, manifest = prepare(model, emulator=5, shrink="ffn", gaps="empty", shrink_keep=0.51)
+    torch.testing.assert_close(run(load_emulated_model(directory, manifest)), full)
+
+
+@needs_timm
+def test_a_fused_matrix_of_low_rank_is_the_best_of_its_rank() -> None:
+    model = build_image_model("timm_wrapper")
+    directory, manifest = prepare(model, emulator=5, gaps="empty", shrink="svd", shrink_keep=0.5)
+    emulated = load_emulated_model(directory, manifest)
+    (entry,) = [entry for entry in manifest.stack if entry.role == "emulator" and entry.index == 0]
+    block, small = (get_blocks(m, find_architecture(m.config))[entry.first_block] for m in (model, emulated))
+    left, values, right = torch.linalg.svd(block.attn.qkv.weight.detach(), full_matrices=False)
+    rank = entry.rank
+    assert small.attn.qkv.up.shape == (96, rank)
+    torch.testing.assert_close(small.attn.qkv.weight, left[:, :rank] * values[:rank] @ right[:rank])
+    # The block uses it: as the full model's with that matrix in its place.
+    with torch.no_grad():
+        for index in range(1, 6):
+            for path in ("qkv", "proj"):
+                target = model.timm_model.blocks[index].attn.get_submodule(path)
+                target.weight.copy_(emulated.timm_model.blocks[index].attn.get_submodule(path).weight)
+    torch.testing.assert_close(run(emulated), run(model))
+
+
+def test_a_layout_that_the_table_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_image_model("vit")
+    own = replace(find_architecture(model.config), layers=BlockLayers(attention=("attention.query",)))
+    monkeypatch.setitem(architectures._table, "vit", own)
+    with pytest.raises(ArchitectureError, match=r"ViTLayer has its layers elsewhere.*attention.query.*shrink=none"):
+        prepare(model, shrink="svd")
 
 
 def test_bytes_are_what_is_promised() -> None:

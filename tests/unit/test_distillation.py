@@ -24,9 +24,10 @@ from ot_federated.model_owner.compression.distillation import (
     target_blocks,
 )
 from ot_federated.model_owner.compression.gaps import build_bridges
-from ot_federated.model_owner.preparation import hold_out, prepare_bundle
+from ot_federated.model_owner.preparation import hold_out, hold_out_labelled, prepare_bundle
 from ot_federated.model_owner.splitting import draft_manifest, plan_stack, split_tensors
-from tests.families import build_family_model, byte_tokenizer, num_blocks
+from ot_federated.tasks.base import LabelledImage, LabelledText
+from tests.families import build_family_model, build_image_model, byte_tokenizer, get_head, num_blocks
 
 windows = torch.randint(4, 260, (12, 32), generator=torch.Generator().manual_seed(0))
 settings = Distillation(num_steps=12, batch_size=4, learning_rate=2e-3, validation_steps=0, checkpoint_steps=4)
@@ -189,6 +190,74 @@ def test_what_clients_get_is_what_is_taught_and_scored(
     again = as_received(last, transport="int4", dtype=torch.float32)
     for name in [name for name in tensors if tensors[name].dim() > 1]:
         torch.testing.assert_close(again[name], last[name], rtol=0.02, atol=1e-4)
+
+
+images = torch.randn(24, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+examples = [LabelledImage(image.clone, number % 2) for number, image in enumerate(images)]
+
+
+def run_on_images(model: Any, directory: Path, said: list[str], *, labelled: bool, **changes: Any) -> Any:
+    """Distil a ViT's middle and return the tensors that it started with, and what came of them."""
+    stack = plan_stack(num_blocks=num_blocks, bottom=2, top=2, kept=[3], bridged=False)
+    tensors = split_tensors(model, stack, bridges={})["emulator"]
+    result = distil(
+        model,
+        stack,
+        tensors,
+        images[:-8],
+        images[-8:],
+        settings=replace(settings, validation_steps=2, **changes),
+        checkpoints=directory,
+        say=said.append,
+        labelled=(examples[:-8], examples[-8:]) if labelled else ((), ()),
+    )
+    return tensors, result
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_distillation_that_harms_an_image_model_is_not_used(labelled: bool, tmp_path: Path) -> None:
+    model, said = build_image_model("vit"), list[str]()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors, result = run_on_images(model, tmp_path / "c", said, labelled=labelled, learning_rate=1e30)
+    assert all(torch.equal(result[name], tensors[name]) for name in tensors)
+    assert [line.split(":")[0] for line in said] == [f"Distilled {step} of 12 steps" for step in (0, 4, 8, 12)]
+    assert all(("plug-in has a loss" if labelled else "relative error") in line for line in said)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_without_labels_the_state_of_the_least_error_is_released(tmp_path: Path) -> None:
+    model, said = build_image_model("vit"), list[str]()
+    tensors, result = run_on_images(model, tmp_path / "c", said, labelled=False)
+    errors = [float(line.rpartition(" ")[2]) for line in said]
+    assert min(errors) < errors[0]
+    stack = plan_stack(num_blocks=num_blocks, bottom=2, top=2, kept=[3], bridged=False)
+    # Of the states behind the whole middle, by hand; its last block is the full model's sixth.
+    with torch.no_grad():
+        full, emulated = (
+            each.vit(images[-8:], output_hidden_states=True).hidden_states
+            for each in (model, build(model, stack, result))
+        )
+    error = ((full[6] - emulated[3]).square().mean(-1) / full[6].square().mean(-1)).mean()
+    assert float(error) == pytest.approx(min(errors), abs=1e-4)
+    assert any(not torch.equal(result[name], tensors[name]) for name in tensors)
+
+
+def test_a_head_that_is_still_zero_does_not_judge(tmp_path: Path) -> None:
+    model, said = build_image_model("vit"), list[str]()
+    with torch.no_grad():
+        for parameter in get_head(model).parameters():
+            parameter.zero_()
+    run_on_images(model, tmp_path / "c", said, labelled=True, num_steps=3)
+    assert all("relative error" in line for line in said)
+
+
+def test_labelled_examples_are_held_out_as_their_images_are() -> None:
+    learnt, held_out = hold_out_labelled(tuple(examples), images[:16])
+    assert [e.label for e in (*learnt, *held_out)] == [e.label for e in examples[:16]]
+    assert all(torch.equal(e.read(), image) for e, image in zip(held_out, hold_out(images[:16])[1], strict=True))
+    texts = tuple(LabelledText((5, 6), number % 2) for number in range(40))
+    assert tuple(map(len, hold_out_labelled(texts, windows))) == (35, 5)
+    assert hold_out_labelled((), windows) == ((), ())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])

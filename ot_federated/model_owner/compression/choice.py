@@ -10,9 +10,9 @@ import torch
 from ot_federated.errors import ConfigError, nearest_match
 from ot_federated.model_owner.compression.calibration import block_influence
 from ot_federated.model_owner.compression.cka_clusters import block_similarity, keep_cluster_centres
-from ot_federated.model_owner.compression.distillation import predicts_tokens
 from ot_federated.model_owner.compression.gradient_keeping import keep_gradient_preserving
 from ot_federated.model_owner.compression.keeping import keep_influential, keep_uniform
+from ot_federated.tasks.base import AnyExample
 from ot_federated.tasks.losses import num_public_tokens
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def choose_blocks(
     num_kept: int,
     spread: Sequence[int] = (),
     ridge: float,
+    labelled: Sequence[AnyExample] = (),
     say: Callable[[str], None],
 ) -> list[int]:
     """Return the full-model indices of the middle blocks that stay, ascending.
@@ -45,10 +46,11 @@ def choose_blocks(
         num_kept: How many stay.
         spread: Middle blocks of the adapter, among which nothing is chosen; with ``uniform`` and ``influence`` alone.
         ridge: Penalty of the bridges that ``gradient`` tries.
+        labelled: Labelled public examples, which ``gradient`` prefers for a model with a classification head.
         say: Told what is going on.
 
     Raises:
-        ConfigError: If the way is unknown, needs public text and has none, or needs a model that predicts tokens.
+        ConfigError: If the way is unknown, or needs public text and has none.
     """
     if keep not in ("uniform", "influence", "cka", "gradient"):
         ways = ("uniform", "influence", "cka", "gradient")
@@ -60,11 +62,6 @@ def choose_blocks(
         return [others[place] for place in keep_uniform(first=0, last=len(others) - 1, num_kept=num_kept)]
     if windows is None:
         raise ConfigError(f"offsite.keep={keep!r} needs public text: set offsite.public-text, or take uniform.")
-    if keep == "gradient" and not predicts_tokens(model, windows):
-        raise ConfigError(
-            "offsite.keep='gradient' is for language models: with a classification head, on texts or images, take "
-            "offsite.keep=uniform, influence or cka."
-        )
     say(f"Choosing middle blocks by {keep} on public text or images")
     if keep == "influence":
         num_windows = max(1, num_influence_tokens * len(windows) // num_public_tokens(model, windows))
@@ -74,4 +71,6 @@ def choose_blocks(
     if keep == "cka":
         similarity = block_similarity(model, windows, first=first, last=last)
         return keep_cluster_centres(similarity, first=first, num_kept=num_kept)
-    return keep_gradient_preserving(model, windows, first=first, last=last, num_kept=num_kept, ridge=ridge)
+    return keep_gradient_preserving(
+        model, windows, first=first, last=last, num_kept=num_kept, ridge=ridge, labelled=labelled
+    )

@@ -7,8 +7,9 @@ output of the last full block that it stands for; rms is a token's own, because 
 thousand times larger than others in some models; optionally the divergence of the next-token distributions is added.
 Models that read images or end in a classification head have the hidden states' term alone, as the paper's do.
 
-The state that gives the best plug-in on held-out public text is the one that is released, the undistilled one
-included: see :mod:`ot_federated.model_owner.compression.plug_in_validation`.
+The state that gives the best plug-in on held-out public data is the one that is released, the undistilled one
+included: see :mod:`ot_federated.model_owner.compression.plug_in_validation`. With a classification head this takes
+labelled public examples and a head that is not zero; else the error of the middle's output on held-out data decides.
 """
 
 from __future__ import annotations
@@ -28,16 +29,22 @@ from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from ot_federated.architectures import find_architecture, find_head, get_blocks
+from ot_federated.architectures import find_architecture, get_blocks
 from ot_federated.bundle import Manifest, StackEntry, read_tensors
 from ot_federated.cache import atomic_directory
 from ot_federated.emulated_model import build_emulated_model, model_names
 from ot_federated.model_owner.compression.calibration import record_blocks
-from ot_federated.model_owner.compression.plug_in_validation import validate_by_plug_in
+from ot_federated.model_owner.compression.plug_in_validation import (
+    cut_windows,
+    measure_output_error,
+    validate_by_plug_in,
+)
+from ot_federated.model_owner.compression.public_losses import uses_labels
 from ot_federated.model_owner.splitting import draft_manifest, split_tensors
 from ot_federated.packed_tensors import pack, unpack
+from ot_federated.tasks.base import AnyExample
 from ot_federated.tasks.language_model import hidden_states, target_log_probs
-from ot_federated.tasks.losses import run_model
+from ot_federated.tasks.losses import predicts_tokens, run_model
 from ot_federated.training import MasterWeights, OptimizerSettings, draw_batches, scale_learning_rate
 
 if TYPE_CHECKING:
@@ -45,6 +52,8 @@ if TYPE_CHECKING:
 
 num_validations = 3
 Record = dict[int, tuple[torch.Tensor, torch.Tensor]]
+# Examples to tune on, and others to score on.
+Labelled = tuple[Sequence[AnyExample], Sequence[AnyExample]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +68,8 @@ class Distillation:
         hidden_weight: Weight of the hidden states' term.
         cross_entropy_weight: Weight of the cross-entropy.
         kl_weight: Weight of KL(full || emulated) of the next token.
-        validation_steps: Steps of adapter tuning before the plug-in is scored; 0 for no validation: the last state.
+        validation_steps: Steps of adapter tuning before the plug-in is scored, where there is a loss to tune by; 0 for
+            no validation: the last state.
         checkpoint_steps: The state is kept every so many steps.
         seed: Of the order of the text.
     """
@@ -87,6 +97,7 @@ def distil(
     transport: str = "as-is",
     checkpoints: Path,
     say: Callable[[str], None],
+    labelled: Labelled = ((), ()),
 ) -> dict[str, torch.Tensor]:
     """Return the emulator's tensors after distillation, in the model's type.
 
@@ -97,12 +108,14 @@ def distil(
         model: The full model, which teaches.
         stack: The layout.
         tensors: The emulator's tensors by role name, as they start.
-        windows: Token windows of public text to train on, ``(num_windows, window)``.
+        windows: Token windows of public text to train on, ``(num_windows, window)``, or images.
         held_out: Others, to score on.
         settings: How.
         transport: How the emulator will be packed, see :mod:`ot_federated.packed_tensors`.
         checkpoints: A directory of this very distillation's own; it is gone at the end.
         say: Told what is going on.
+        labelled: Labelled public examples to tune the adapter on, and others to score the plug-in on, for a model with
+            a classification head.
     """
     manifest = draft_manifest(model, stack, compression="")
     parts = split_tensors(model, stack, bridges={})
@@ -122,12 +135,13 @@ def distil(
         ),
         max_grad_norm=1.0,
     )
-    validates = settings.validation_steps and predicts_tokens(model, windows)
     first, best = _read_checkpoint(checkpoints, masters)
     if first:
         say(f"Distillation goes on at step {first} of {settings.num_steps}")
     marks = {round(part * settings.num_steps / num_validations) for part in range(num_validations + 1)}
     targets = target_blocks(stack, num_blocks=manifest.num_blocks)
+    examples = _choose_examples(model, windows, held_out, labelled)
+    judge = _Judge(model, emulated, manifest, held_out, examples, targets, settings)
     batches = draw_batches(
         [1] * len(windows),
         batch_size=min(settings.batch_size, len(windows)),
@@ -137,9 +151,9 @@ def distil(
     )
     with tqdm(total=settings.num_steps, initial=first, desc="distillation", unit=" steps", disable=None) as bar:
         for step in range(first, settings.num_steps + 1):
-            if validates and step in marks and (step > first or step == 0):
+            if settings.validation_steps and step in marks and (step > first or step == 0):
                 with _shown(parameters, received(masters.weights())):
-                    best = _validate(model, emulated, manifest, masters, windows, held_out, settings, step, best, say)
+                    best = _keep_better(best, masters, judge, step=step, say=say)
             if step == settings.num_steps:
                 break
             if step > first and step % settings.checkpoint_steps == 0:
@@ -207,11 +221,6 @@ def target_blocks(stack: Sequence[StackEntry], *, num_blocks: int) -> dict[int, 
     }
 
 
-def predicts_tokens(model: PreTrainedModel, inputs: torch.Tensor) -> bool:
-    """Whether a model predicts the next token of such inputs: it reads text and has no classification head."""
-    return not inputs.is_floating_point() and find_head(model, find_architecture(model.config)) is None
-
-
 def distillation_loss(
     model: PreTrainedModel,
     emulated: PreTrainedModel,
@@ -270,44 +279,63 @@ def _blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class _Best:
-    """The state with the best plug-in so far: its loss, its step, its fp32 weights (none before the first)."""
+    """The state that was judged best so far: its loss or error, its step, its fp32 weights (none before the first)."""
 
     loss: float
     step: int
     weights: dict[str, torch.Tensor]
 
 
-def _validate(
-    model: PreTrainedModel,
-    emulated: PreTrainedModel,
-    manifest: Manifest,
-    masters: MasterWeights,
-    windows: torch.Tensor,
-    held_out: torch.Tensor,
-    settings: Distillation,
-    step: int,
-    best: _Best,
-    say: Callable[[str], None],
-) -> _Best:
-    trained = [parameter for parameter in emulated.parameters() if parameter.requires_grad]
-    losses = validate_by_plug_in(
-        model,
-        emulated,
-        manifest,
-        tune_on=windows,
-        score_on=held_out,
-        num_steps=settings.validation_steps,
-        seed=settings.seed,
-    )
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    say(
-        f"Distilled {step} of {settings.num_steps} steps: on public text the plug-in has a loss of "
-        f"{losses.plug_in:.4f}, the tuned emulator {losses.emulator:.4f}"
-    )
-    if losses.plug_in < best.loss:
-        copied = {name: weight.clone() for name, weight in masters.weights().items()}
-        return _Best(losses.plug_in, step, copied)
+def _choose_examples(
+    model: PreTrainedModel, windows: torch.Tensor, held_out: torch.Tensor, labelled: Labelled
+) -> Labelled | None:
+    """Return the examples to validate the plug-in on; None where no loss says anything."""
+    if predicts_tokens(model, windows):
+        return cut_windows(windows), cut_windows(held_out)
+    return labelled if labelled[1] and uses_labels(model, labelled[0]) else None
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """What decides between states of the emulator."""
+
+    model: PreTrainedModel
+    emulated: PreTrainedModel
+    manifest: Manifest
+    held_out: torch.Tensor
+    examples: Labelled | None
+    targets: Mapping[int, int]
+    settings: Distillation
+
+    def __call__(self) -> tuple[float, str]:
+        """Return how bad the present state is, and what to say of it; its parameters have gradients afterwards."""
+        if self.examples is None:
+            position, block = max(self.targets.items())
+            error = measure_output_error(self.model, self.emulated, self.held_out, block=block, position=position)
+            return error, f"on public data kept apart the middle's output has a relative error of {error:.4f}"
+        trained = [parameter for parameter in self.emulated.parameters() if parameter.requires_grad]
+        losses = validate_by_plug_in(
+            self.model,
+            self.emulated,
+            self.manifest,
+            tune_on=self.examples[0],
+            score_on=self.examples[1],
+            num_steps=self.settings.validation_steps,
+            seed=self.settings.seed,
+        )
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        return losses.plug_in, (
+            f"on public data the plug-in has a loss of {losses.plug_in:.4f}, the tuned emulator {losses.emulator:.4f}"
+        )
+
+
+def _keep_better(best: _Best, masters: MasterWeights, judge: _Judge, *, step: int, say: Callable[[str], None]) -> _Best:
+    loss, words = judge()
+    say(f"Distilled {step} of {judge.settings.num_steps} steps: {words}")
+    # The undistilled state stands even where it is bad beyond numbers: what follows must beat it.
+    if loss < best.loss or not best.weights:
+        return _Best(loss, step, {name: weight.clone() for name, weight in masters.weights().items()})
     return best
 
 

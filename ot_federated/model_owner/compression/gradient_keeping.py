@@ -11,63 +11,87 @@ public text, both errors are known for every run, each with the ridge regression
 as independent between runs, and the set of blocks with the smallest sum of errors is found exactly, by dynamic
 programming.
 
-The pass costs one forward and backward pass over about four tokens a dimension; runs are at most ``longest_run``
+The gradient is that of the task's loss, or of what :mod:`ot_federated.model_owner.compression.public_losses` takes in
+its place: a model with a classification head needs no labels.
+
+The pass costs one forward and backward pass over about four tokens a dimension (with a head over at least
+``num_head_examples`` examples, each of which gives one gradient and not one a token); runs are at most ``longest_run``
 blocks long (longer only where few blocks are kept), so that the cost grows linearly with depth.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 
-from ot_federated.architectures import find_architecture, get_blocks
+from ot_federated.architectures import block_config, find_architecture, get_blocks
 from ot_federated.model_owner.compression.calibration import record_blocks
-from ot_federated.tasks.base import Example
-from ot_federated.tasks.language_model import example_losses
+from ot_federated.model_owner.compression.public_losses import PublicLoss, public_losses
+from ot_federated.tasks.base import AnyExample
+from ot_federated.tasks.losses import predicts_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 longest_run = 8
 tokens_per_dimension = 4
+num_head_examples = 32
 
 
 def keep_gradient_preserving(
-    model: PreTrainedModel, windows: torch.Tensor, *, first: int, last: int, num_kept: int, ridge: float
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    *,
+    first: int,
+    last: int,
+    num_kept: int,
+    ridge: float,
+    labelled: Sequence[AnyExample] = (),
 ) -> list[int]:
     """Return ``num_kept`` blocks of ``[first, last]`` that best preserve the adapter's gradient, ascending.
 
     Args:
         model: The full model.
-        windows: Token windows of public text, ``(num_windows, window)``.
+        windows: Token windows of public text, ``(num_windows, window)``, or public images.
         first: First middle block.
         last: Last middle block.
         num_kept: How many to keep.
         ridge: Penalty of the bridges that are tried, relative to the mean diagonal of X'X.
+        labelled: Labelled public examples, for a model with a classification head.
     """
     num_middle = last - first + 1
     if num_kept in (0, num_middle):
         return list(range(first, last + 1)) if num_kept else []
     longest = max(longest_run, 2 * math.ceil((num_middle - num_kept) / (num_kept + 1)))
-    states, gradients = states_and_gradients(model, windows, first=first, last=last)
+    at_least = 1 if predicts_tokens(model, windows) else num_head_examples
+    losses = public_losses(model, windows, labelled)
+    states, gradients = states_and_gradients(model, losses, first=first, last=last, at_least=at_least)
     errors = run_errors(states, gradients, longest=longest, ridge=ridge)
     return [first + index for index in choose_by_run_errors(errors, num_middle=num_middle, num_kept=num_kept)]
 
 
 def states_and_gradients(
-    model: PreTrainedModel, windows: torch.Tensor, *, first: int, last: int
+    model: PreTrainedModel, losses: Iterable[PublicLoss], *, first: int, last: int, at_least: int = 1
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return hidden states before block ``first`` and behind each of ``[first, last]``, and the loss's gradients there.
+    """Return hidden states before block ``first`` and behind each of ``[first, last]``, and the gradients there.
 
-    Both are lists of ``(num_tokens, hidden)`` in fp32 on the CPU. The last token of a window predicts nothing and has
-    no gradient; it is left out.
+    Both are lists of ``(num_tokens, hidden)`` in fp32 on the CPU, of the tokens that the gradient reaches.
+
+    Args:
+        model: The full model.
+        losses: The losses of public examples; those behind the wanted number of tokens are not computed.
+        first: First block.
+        last: Last block.
+        at_least: Examples to take however many tokens they have.
     """
-    blocks = list(get_blocks(model, find_architecture(model.config)))
-    wanted = tokens_per_dimension * int(model.config.hidden_size)
+    architecture = find_architecture(model.config)
+    blocks = list(get_blocks(model, architecture))
+    wanted = tokens_per_dimension * int(block_config(model.config, architecture).hidden_size)
+    num_tokens = 0
     states: list[list[torch.Tensor]] = [[] for _ in range(first, last + 2)]
     gradients: list[list[torch.Tensor]] = [[] for _ in range(first, last + 2)]
 
@@ -81,13 +105,18 @@ def states_and_gradients(
     record: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     try:
         with torch.enable_grad(), record_blocks(blocks[first : last + 1], record):
-            for row in windows[: max(1, math.ceil(wanted / windows.shape[1]))].tolist():
-                losses, counts = example_losses(model, [Example(tuple(row), 1)])
+            for number, example in enumerate(losses):
+                if number >= at_least and num_tokens >= wanted:
+                    break
+                loss = example.compute()
                 tensors = [record[0][0], *(record[index][1] for index in range(last - first + 1))]
-                found = torch.autograd.grad((losses * counts).sum(), tensors)
+                found = torch.autograd.grad(loss, tensors)
+                length = tensors[0].shape[1]
+                reached = slice(length - example.num_idle)
                 for index, (tensor, gradient) in enumerate(zip(tensors, found, strict=True)):
-                    states[index].append(tensor[0, :-1].detach().float().cpu())
-                    gradients[index].append(gradient[0, :-1].float().cpu())
+                    states[index].append(tensor[0, reached].detach().float().cpu())
+                    gradients[index].append(gradient[0, reached].float().cpu())
+                num_tokens += length
                 record.clear()
     finally:
         handle.remove()
