@@ -161,6 +161,8 @@ def write_bundle(
                 {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
                 partial / f"{part}.safetensors",
             )
+        # How it was loaded here, with a hub or without, would give equal bundles digests of their own.
+        getattr(tokenizer, "init_kwargs", {}).pop("local_files_only", None)
         tokenizer.save_pretrained(str(partial))
         manifest = replace(draft, exact_weight_fraction=exact, files=describe_files(partial), packed=packed)
         (partial / manifest_name).write_bytes(manifest.to_bytes())

@@ -28,7 +28,9 @@ from ot_federated.bundle import (
     weight_files,
 )
 from ot_federated.errors import BundleError
+from ot_federated.model_owner.splitting import plan_stack, write_bundle
 from tests.bundles import build_manifest, stack, write_random_bundle
+from tests.families import build_family_model, byte_tokenizer, num_blocks
 
 digest = "ab" * 32
 valid_files = tuple(BundleFile(name, 7, digest) for name in weight_files)
@@ -286,3 +288,20 @@ def test_adapter_prefixes_follow_the_placement() -> None:
     assert adapter_prefixes(stack) == ("bottom.0.", "top.0.")
     assert adapter_prefixes(stack, placement="bottom") == ("bottom.0.",)
     assert adapter_prefixes(stack, placement="top") == ("top.0.",)
+
+
+def test_how_the_tokenizer_was_loaded_does_not_change_the_digest(tmp_path: Path) -> None:
+    digests = set()
+    for offline in (False, True):
+        tokenizer = byte_tokenizer()
+        tokenizer.init_kwargs["local_files_only"] = offline
+        manifest = write_bundle(
+            tmp_path / str(offline),
+            model=build_family_model("llama"),
+            tokenizer=tokenizer,
+            stack=plan_stack(num_blocks=num_blocks, bottom=2, top=2, kept=[3], bridged=False),
+            bridges={},
+            compression="uniform",
+        )
+        digests.add(manifest.digest)
+    assert len(digests) == 1
