@@ -55,6 +55,16 @@ def test_recovery_of_the_mean_is_not_the_mean_of_recoveries() -> None:
     assert pooled_recovery([cell("worse", "bridge", plug_in=2.0, full=4.5)], "loss") is None
 
 
+def test_running_text_does_not_go_into_the_mean_of_questions() -> None:
+    questions = cell("questions", "bridge", plug_in=2.0, full=1.0)
+    text = cell("text", "bridge", plug_in=3.9, full=1.0)
+    for row in text["rows"].values():
+        del row["accuracy"]
+    (mixed,), (alone,) = mean_table([questions, text]), mean_table([text])
+    assert (mixed["tasks"], mixed["recovery loss"]) == ("questions", "67%")
+    assert (alone["tasks"], alone["recovery loss"]) == ("text", "3%")
+
+
 def test_a_predictor_agrees_where_it_ranks_emulators_as_recovery_does() -> None:
     cells = [
         cell("task", name, plug_in=plug_in, full=1.0, error=error)
