@@ -97,6 +97,7 @@ def _measure(
     first_seed: int,
     directory: Path,
 ) -> dict[str, Any]:
+    """Fine-tune the full model with the candidates, and return the result without the row before it."""
     first = shared_path({**settings, "seed": first_seed}, full, task=task, directory=directory)
     candidates = [json.loads(first.read_text(encoding="utf-8"))["chosen"]] if first.exists() else full.candidates
     began = time.monotonic()

@@ -151,25 +151,21 @@ def test_what_clients_get_is_what_is_taught_and_scored(
     model = build_family_model("llama")
     stack, tensors = start(model, kept=[3], bridged=True)
     packed = as_received(tensors, transport="int4", dtype=torch.float32)
-    names = emulator_parameters(
-        build(model, stack, tensors), draft_manifest(model, stack, compression=""), trains="all"
-    )
-    matrices = [name for name in names if name.startswith("emulator.") and tensors[name].dim() > 1]
+    manifest = draft_manifest(model, stack, compression="")
+    matrices = [name for name, tensor in tensors.items() if tensor.dim() > 1]
+    kept = [name for name in matrices if name.startswith("emulator.")]
     seen: dict[str, list[dict[str, torch.Tensor]]] = {"taught": [], "scored": []}
 
-    def watch(function: Any, kind: str, position: int) -> Any:
-        def watched(*arguments: Any, **keywords: Any) -> Any:
-            found = emulator_parameters(
-                arguments[position], arguments[2] if kind == "scored" else manifest, trains="all"
-            )
+    def watch(function: Any, kind: str) -> Any:
+        def watched(teacher: Any, emulated: Any, *arguments: Any, **keywords: Any) -> Any:
+            found = emulator_parameters(emulated, manifest, trains="all")
             seen[kind].append({name: parameter.detach().clone() for name, parameter in found.items()})
-            return function(*arguments, **keywords)
+            return function(teacher, emulated, *arguments, **keywords)
 
         return watched
 
-    manifest = draft_manifest(model, stack, compression="")
-    monkeypatch.setattr(module, "distillation_loss", watch(module.distillation_loss, "taught", 1))
-    monkeypatch.setattr(module, "validate_by_plug_in", watch(module.validate_by_plug_in, "scored", 1))
+    monkeypatch.setattr(module, "distillation_loss", watch(module.distillation_loss, "taught"))
+    monkeypatch.setattr(module, "validate_by_plug_in", watch(module.validate_by_plug_in, "scored"))
     changed = replace(settings, trains=trains, validation_steps=1)
     distil(
         model,
@@ -183,12 +179,12 @@ def test_what_clients_get_is_what_is_taught_and_scored(
         say=lambda _: None,
     )
     # What does not train is what clients get, and what trains is scored as they would get it.
-    for name in matrices:
+    for name in kept:
         assert torch.equal(seen["taught"][-1][name], packed[name]) == (trains == "bridges")
         assert torch.equal(seen["scored"][0][name], packed[name])
     last = seen["scored"][-1]
     again = as_received(last, transport="int4", dtype=torch.float32)
-    for name in [name for name in tensors if tensors[name].dim() > 1]:
+    for name in matrices:
         torch.testing.assert_close(again[name], last[name], rtol=0.02, atol=1e-4)
 
 
